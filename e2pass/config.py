@@ -1,0 +1,140 @@
+"""Configuration: which techniques are applied, and how. One pydantic model a technique, presets by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from e2pass.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+
+def _explain(section: type[BaseModel], error: ValidationError) -> str:
+    """Turn the first pydantic error into one sentence that names key, value and what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"])) or section.__name__
+    if first["type"] == "extra_forbidden":
+        return f"{section.__name__} has no key {key!r}; the valid keys are {', '.join(section.model_fields)}"
+    return f"{section.__name__}.{key} = {first['input']!r} is not allowed: {first['msg']}"
+
+
+class SMD(_Section):
+    """Stochastic mini-batch dropping (paper, section 3.1).
+
+    Attributes:
+        p: Probability that a mini-batch is dropped; 0.5 in the paper.
+        seed: Seed of the drop sequence, which is the technique's own and the same on every rank.
+        coast: A dropped step still applies momentum and weight decay (what the published code did under torch 1.0).
+    """
+
+    p: float = Field(0.5, ge=0.0, lt=1.0)
+    seed: int = Field(0, ge=0)
+    coast: bool = False
+
+
+class SLU(_Section):
+    """Selective layer update (paper, section 3.2).
+
+    Attributes:
+        skip: Target skip ratio: the energy-weighted share of the gated blocks' work that is not executed.
+        gate: ``learned`` (RNN gates), ``open``, ``closed``, or ``random`` (stochastic depth, the paper's baseline).
+        hidden: Width of the gates' embedding and LSTM state; 10 in the paper.
+        inject: Add the gradient of the compute term in the gates' own backward; with False the caller adds
+            ``t.cost_term()`` to the loss.
+        seed: Seed of the random gates.
+    """
+
+    skip: float = Field(0.4, ge=0.0, lt=1.0)
+    gate: Literal["learned", "open", "closed", "random"] = "learned"
+    hidden: int = Field(10, ge=1, le=1024)
+    inject: bool = True
+    seed: int = Field(0, ge=0)
+
+
+class Bits(_Section):
+    """Operand widths of every convolution and matrix product (8/8/16 in the paper).
+
+    Attributes:
+        x: Bits of activations.
+        w: Bits of weights.
+        grad: Bits of the gradients that flow back.
+    """
+
+    x: int = Field(8, ge=2, le=16)
+    w: int = Field(8, ge=2, le=16)
+    grad: int = Field(16, ge=2, le=16)
+
+
+class PSG(_Section):
+    """Predictive sign gradient descent (paper, section 3.3).
+
+    Attributes:
+        x_bits: Most significant bits of the activation codes that the predictor sees.
+        gy_bits: Most significant bits of the output-gradient codes that the predictor sees.
+        beta: Adaptive threshold: a weight gradient is predicted where ``|g_msb| >= beta * max|g_msb|``.
+        scale: Magnitude of the update: ``mean`` multiplies each tensor's signs by the mean absolute predicted
+            gradient, so learning rates keep their meaning; ``unit`` is the paper's.
+    """
+
+    x_bits: int = Field(4, ge=2, le=16)
+    gy_bits: int = Field(10, ge=2, le=16)
+    beta: float = Field(0.05, ge=0.0, le=1.0)
+    scale: Literal["mean", "unit"] = "mean"
+
+
+class Config(_Section):
+    """What ``transform`` applies; None turns a technique off.
+
+    ``Config()`` is the preset ``e2train``. PSG needs quantized operands, so ``psg`` without ``bits`` is an error.
+    """
+
+    smd: SMD | None = SMD()
+    slu: SLU | None = SLU()
+    psg: PSG | None = PSG()
+    bits: Bits | None = Bits()
+
+    @model_validator(mode="after")
+    def _psg_needs_bits(self) -> Config:
+        if self.psg is not None and self.bits is None:
+            raise ValueError("PSG predicts from integer codes and needs bits, e.g. bits=Bits(x=8, w=8, grad=16)")
+        if self.psg is not None and self.bits is not None:
+            for msb, name in ((self.psg.x_bits, "x"), (self.psg.gy_bits, "grad")):
+                full = getattr(self.bits, name)
+                if msb > full:
+                    raise ValueError(f"the predictor cannot see {msb} bits of a {full}-bit code (Bits.{name})")
+        return self
+
+
+PRESETS: dict[str, Config] = {
+    "e2train": Config(),
+    "paper": Config(psg=PSG(scale="unit")),
+    "smd": Config(slu=None, psg=None, bits=None),
+    "slu": Config(smd=None, psg=None, bits=None),
+    "psg": Config(smd=None, slu=None),
+    "signsgd": Config(smd=None, slu=None, psg=PSG(x_bits=8, gy_bits=16, beta=0.0, scale="unit")),
+    "8bit": Config(smd=None, slu=None, psg=None),
+    "neutral": Config(smd=None, slu=SLU(gate="open"), psg=None, bits=None),
+}
+
+
+def resolve(config: Config | str) -> Config:
+    """Return ``config`` itself, or the preset of that name.
+
+    Raises:
+        ConfigError: For an unknown preset or anything that is neither a ``Config`` nor a name.
+    """
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, str) and config in PRESETS:
+        return PRESETS[config]
+    raise ConfigError(f"unknown config {config!r}; give an e2pass.Config or one of the presets {', '.join(PRESETS)}")
