@@ -1,0 +1,210 @@
+"""The capture ladder: the most structured graph that can be had of a model, and the reason it is not a better one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from e2pass.capture import symbolic
+from e2pass.capture.binding import Binding
+from e2pass.capture.origin import explain
+from e2pass.capture.rung import Draft, RungError, graft
+from e2pass.capture.shapes import ShapeWorld, make_world
+from e2pass.capture.state import model_kept, rng_kept
+from e2pass.capture.verify import Run, difference, run, run_model
+from e2pass.diagnostics import Diagnostics
+from e2pass.errors import CaptureError, InputError
+from e2pass.inputs import Inputs
+
+_PROOF_BATCH = 3
+
+
+@dataclass
+class Capture:
+    """Flat forward graphs of a model, over the model's own modules, parameters and buffers.
+
+    Attributes:
+        train: Graph in training mode.
+        eval: Graph in evaluation mode; the same object where the two do not differ.
+        rung: ``symbolic_trace``, ``export`` or ``symbolic_trace+leaves``.
+        constants: Tensors that belong to no module, by the name under which the graphs fetch them.
+        fake_mode: The mode of the fake tensors in ``node.meta["val"]``.
+        symbolic_batch: Whether the batch size in them is a symbol.
+        leaves: Modules of the user that were not traced into.
+    """
+
+    train: fx.GraphModule
+    eval: fx.GraphModule
+    rung: str
+    constants: dict[str, torch.Tensor]
+    fake_mode: FakeTensorMode
+    symbolic_batch: bool
+    leaves: tuple[str, ...]
+    _binding: Binding
+    _rebuild: tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Return one tensor per placeholder of the graphs.
+
+        Raises:
+            InputError: If the call does not fit the one that was captured.
+        """
+        return self._binding.bind(args, kwargs)
+
+    def rebuild(self, output: Any, training: bool | None = None) -> Any:
+        """Turn what a graph returned into what the model returns.
+
+        Args:
+            output: Value of the graph's output node.
+            training: Which graph it came from; None for the mode that ``train`` is in.
+        """
+        training = self.train.training if training is None else training
+        return self._rebuild[0 if training else 1](output)
+
+
+def capture(model: nn.Module, inputs: Inputs, diagnostics: Diagnostics) -> Capture:
+    """Capture ``model`` as it is called with ``inputs``.
+
+    Args:
+        model: Any module; it is not changed.
+        inputs: An example call with at least one sample.
+        diagnostics: Receives which rung of the ladder was used, and why not a better one.
+
+    Returns:
+        Graphs whose outputs and buffer updates are bit-equal to the model's in both modes.
+
+    Raises:
+        InputError: If ``model`` is no module, or does not run on ``inputs``.
+        CaptureError: If no rung works; the message names the offending line.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; an instance of torch.nn.Module is needed")
+    if any(torch.nn.parameter.is_lazy(t) for t in [*model.parameters(), *model.buffers()]):
+        raise InputError(f"{type(model).__name__} has lazy parameters without shapes; call it once before")
+    with rng_kept(), model_kept(model):
+        return _Ladder(model, inputs, diagnostics).climb()
+
+
+class _Ladder:
+    """The state of one capture."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, diagnostics: Diagnostics) -> None:
+        self._model = model
+        self._work = _copy(model)
+        self._diagnostics = diagnostics
+        self._binding = Binding(model, inputs)
+        self._inputs = inputs
+        self._proof, self._expected = self._run_original()
+
+    def climb(self) -> Capture:
+        """Try one rung after the other."""
+        reasons: list[str] = []
+        for name, make in self._rungs():
+            try:
+                with model_kept(self._work):
+                    draft = make()
+                result = self._finish(draft)
+            except (RungError, CaptureError) as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            self._report(result, reasons)
+            return result
+        raise CaptureError(f"{type(self._model).__name__} cannot be captured; " + "; ".join(reasons))
+
+    def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
+        yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding)
+        yield "symbolic_trace+leaves", lambda: symbolic.draft_with_leaves(self._work, self._binding)
+
+    def _run_original(self) -> tuple[Inputs, tuple[Run, Run]]:
+        """Run the model in both modes on a small batch, or on the whole example where a small one does not do."""
+        batch = self._inputs.batch_size
+        sizes = [max(2, min(batch, _PROOF_BATCH)), batch] if batch != _PROOF_BATCH else [batch]
+        for size in sizes:
+            inputs = self._inputs.with_batch(size)
+            try:
+                return inputs, (self._run(inputs, True), self._run(inputs, False))
+            except Exception as error:
+                failure = error
+        raise InputError(
+            f"{type(self._model).__name__} does not run on the example inputs: {explain(failure)}"
+        ) from failure
+
+    def _run(self, inputs: Inputs, training: bool) -> Run:
+        tensors = self._binding.bind(*_fresh(inputs))
+        return run_model(self._work, self._binding.call_with(tensors), training)
+
+    def _finish(self, draft: Draft) -> Capture:
+        """Give a draft its modules and shapes, and prove it."""
+        graphs = list(dict.fromkeys(draft.graphs))
+        shells = [graft(self._work, graph, draft.constants) for graph in graphs]
+        world = self._annotate(shells)
+        for training in (True, False):
+            shell = shells[0 if training else -1]
+            rebuild = draft.rebuild[0 if training else 1]
+            got = run(self._work, lambda: rebuild(shell(*self._binding.bind(*_fresh(self._proof)))), training)  # noqa: B023
+            problem = difference(self._expected[0 if training else 1], got)
+            if problem:
+                mode = "training" if training else "evaluation"
+                raise RungError(f"the graph is not equal to the model in {mode} mode: {problem}")
+        final = [graft(self._model, graph, draft.constants) for graph in graphs]
+        return Capture(
+            train=final[0],
+            eval=final[-1],
+            rung=draft.rung,
+            constants=draft.constants,
+            fake_mode=world.mode,
+            symbolic_batch=world.symbolic and world.batch_is_symbolic,
+            leaves=draft.leaves,
+            _binding=self._binding,
+            _rebuild=draft.rebuild,
+        )
+
+    def _annotate(self, shells: Sequence[fx.GraphModule]) -> ShapeWorld:
+        """Derive shapes with a symbolic batch, or with the example's where that is refused."""
+        failure: RungError | None = None
+        for symbolic_batch in (True, False):
+            inputs = self._inputs.with_batch(max(2, self._inputs.batch_size))
+            world = make_world(inputs, self._binding.bind(*_fresh(inputs)), symbolic_batch)
+            try:
+                for shell, training in zip(shells, (True, False), strict=False):
+                    with model_kept(self._work):
+                        self._work.train(training)
+                        world.annotate(shell, self._work)
+            except RungError as error:
+                failure = error
+                continue
+            if symbolic_batch and not world.batch_is_symbolic:
+                failure = RungError("the model compares it with a number")
+                continue
+            if not symbolic_batch:
+                self._diagnostics.warn(
+                    "E2P110", "", f"the batch size is fixed at {inputs.batch_size} in all shapes: {failure}"
+                )
+            return world
+        raise failure or RungError("shapes cannot be derived")
+
+    def _report(self, result: Capture, reasons: Sequence[str]) -> None:
+        self._diagnostics.info("E2P100", "", f"captured by {result.rung}")
+        for reason in reasons:
+            self._diagnostics.info("E2P101", "", f"not captured by {reason}")
+        for leaf in result.leaves:
+            self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
+
+
+def _fresh(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy a call: a model may write into its inputs."""
+    copied = inputs.with_batch(inputs.batch_size)
+    return copied.args, copied.kwargs
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} cannot be copied: {explain(error)}") from error

@@ -1,0 +1,62 @@
+"""Where a traced operation came from: source line and module path."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _is_user_file(path: str) -> bool:
+    return not path.startswith((_TORCH, _HERE, "<"))
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def current_line() -> str:
+    """Return ``file.py:12`` of the innermost running line that belongs neither to torch nor to the capture."""
+    for frame in _frames(sys._getframe(1)):
+        if _is_user_file(frame.f_code.co_filename):
+            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return ""
+
+
+def line_of_trace(stack_trace: str | None) -> str:
+    """Return ``file.py:12`` of the innermost user frame of a node's ``stack_trace``, or ``""``."""
+    for path, line in reversed(_FRAME.findall(stack_trace or "")):
+        if _is_user_file(path):
+            return f"{os.path.basename(path)}:{line}"
+    return ""
+
+
+def line_of_error(error: BaseException) -> str:
+    """Return ``file.py:12 (source text)`` of the innermost user frame that ``error`` passed, or ``""``."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_user_file(frame.filename):
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.line})"
+    return ""
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first line of an error's message, with its class, without trailing punctuation."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def explain(error: BaseException) -> str:
+    """Return one sentence: what went wrong, and in which line of the model."""
+    line = line_of_error(error)
+    return first_sentence(error) + (f", at {line}" if line else "")

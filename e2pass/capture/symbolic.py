@@ -1,0 +1,158 @@
+"""Rungs one and three: ``torch.fx`` symbolic tracing, of the whole model or with leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from e2pass.capture.binding import Binding
+from e2pass.capture.origin import current_line, explain, line_of_error
+from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
+from e2pass.errors import CaptureError
+
+# Residual blocks hide inside these; as opaque calls they could not be found.
+_TRACED_INTO = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
+class _Tracer(fx.Tracer):
+    """Traces a bound call; keeps the model free of attributes and remembers where tracing failed."""
+
+    proxy_buffer_attributes = True  # a buffer read into a Python value would be frozen into the graph
+
+    def __init__(self, binding: Binding, leaves: frozenset[str], constants: dict[str, torch.Tensor]) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self._binding = binding
+        self._leaves = leaves
+        self._constants = constants
+        self._grad = torch.is_grad_enabled()
+        self.failed_in: str | None = None
+        self.leaves_met: set[str] = set()
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make one placeholder per tensor of the call; everything else keeps its value."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._binding.names]
+        call = self._binding.call_with(proxies)
+
+        def run(root: nn.Module) -> Any:
+            return root(*call.args, **call.kwargs)
+
+        return run, [self.root]
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node that knows its module and its source line."""
+        if torch.is_grad_enabled() != self._grad:
+            raise RungError("a graph of torch.fx cannot hold a region with gradients switched off")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise RungError("a graph of torch.fx cannot hold an autocast region")
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta["e2_path"] = self.scope.module_path
+        node.meta["e2_stack"] = current_line()
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep tensors that no module owns apart, instead of leaving them on the model."""
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+            owned = self.tensor_attrs.get(a) or next((n for n, b in self.root.named_buffers() if b is a), None)
+            if owned is None or ("." not in owned and owned not in self.root._buffers):
+                owned = next((n for n, c in self._constants.items() if c is a), None)
+                if owned is None:
+                    owned = f"{CONSTANT_PREFIX}{len(self._constants)}"
+                    self._constants[owned] = a.detach()
+            return self.create_node("get_attr", owned, (), {})
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Trace into the root, into the user's modules, and into those of torch that hold residual blocks."""
+        if module_qualified_name == "":
+            return False
+        if module_qualified_name in self._leaves:
+            self.leaves_met.add(module_qualified_name)
+            return True
+        if isinstance(m, _TRACED_INTO):
+            return False
+        return bool(type(m).forward.__module__.startswith(("torch.nn.", "torch.ao.nn.")))
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a module call, noting the innermost one that fails."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = self.submodule_paths.get(m, "") if self.submodule_paths else ""
+            raise
+
+
+def _trace(
+    model: nn.Module, binding: Binding, training: bool, leaves: frozenset[str], constants: dict[str, torch.Tensor]
+) -> tuple[fx.Graph, _Tracer]:
+    model.train(training)
+    tracer = _Tracer(binding, leaves, constants)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        line = line_of_error(error)
+        why = f"{error}, at {line}" if isinstance(error, RungError) else explain(error)
+        raise RungError(why, tracer.failed_in or "") from error
+    graph.eliminate_dead_code(_is_impure)
+    return graph, tracer
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Keep everything that may write, draw random numbers or raise; drop unused reads, which only confuse analysis."""
+    return node.op != "get_attr"
+
+
+def draft(model: nn.Module, binding: Binding, leaves: frozenset[str] = frozenset()) -> Draft:
+    """Trace ``model`` in both modes.
+
+    Args:
+        model: The model; attributes that its ``forward`` sets will hold proxies, so give a copy or restore it.
+        binding: The call to trace.
+        leaves: Paths of modules not to trace into.
+
+    Raises:
+        RungError: If tracing fails; ``failed_in`` names the innermost module.
+    """
+    constants: dict[str, torch.Tensor] = {}
+    train, tracer = _trace(model, binding, True, leaves, constants)
+    evaluated, _ = _trace(model, binding, False, leaves, constants)
+    if same_graph(train, evaluated):
+        evaluated = train
+    rung = "symbolic_trace+leaves" if leaves else "symbolic_trace"
+    return Draft(rung, (train, evaluated), constants, leaves=tuple(sorted(tracer.leaves_met)))
+
+
+def draft_with_leaves(model: nn.Module, binding: Binding) -> Draft:
+    """Trace ``model`` with as few and as small opaque modules as it takes.
+
+    The module in which tracing fails becomes a leaf; if then its parent fails, the parent does.
+
+    Raises:
+        CaptureError: If the model itself would have to become a leaf; the message names the offending line.
+    """
+    leaves: frozenset[str] = frozenset()
+    while True:
+        try:
+            return draft(model, binding, leaves)
+        except RungError as failure:
+            path = failure.failed_in
+            while path in leaves:
+                path = path.rpartition(".")[0]
+            if not path:
+                raise CaptureError(f"{type(model).__name__}.forward itself cannot be traced: {failure}") from failure
+            leaves = frozenset(leaf for leaf in leaves if not leaf.startswith(path + ".")) | {path}
