@@ -1,0 +1,6 @@
+"""From a region of the forward graph to its joint forward+backward graph, and on to the two halves that run."""
+
+from e2pass.lowering.joint import Joint, ValueSpec, lower
+from e2pass.lowering.partition import Halves, partition
+
+__all__ = ["Halves", "Joint", "ValueSpec", "lower", "partition"]

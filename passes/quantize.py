@@ -1,0 +1,162 @@
+"""Low-precision operands: 8-bit activations and weights in the forward half, 16-bit gradients in the backward half.
+
+The quantizers are inserted after autograd has derived the backward half from the unquantized forward, so the
+straight-through estimator needs no code of its own. Backward keeps the integer codes, not the tensors they decode to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from e2pass.config import Bits
+from e2pass.cost import Technique
+from e2pass.lowering.joint import Joint
+from e2pass.lowering.products import Operand, Product, Role, find_products, weight_gradients
+from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The integer codes of one operand of a product."""
+
+    codes: fx.Node
+    scale: fx.Node
+    bits: int
+
+
+@dataclass(frozen=True)
+class QuantizeJoint:
+    """Rewrites a joint graph so that every layer's products read integer codes.
+
+    Attributes:
+        bits: Operand widths.
+        frozen: Activations use the running scales of the owner (evaluation) instead of the batch's own.
+    """
+
+    bits: Bits
+    frozen: bool = False
+
+    def __call__(self, joint: Joint) -> list[str]:
+        """Rewrite ``joint`` in place; return the names of the products that stay in full precision."""
+        gradients = {p for g in weight_gradients(joint) for p in _sources(g.products)}
+        rewriter = _Rewriter(joint, self.bits, self.frozen)
+        left = []
+        for product in find_products(joint):
+            if product.has_weight or product.node in gradients:
+                rewriter.rewrite(product)
+            else:
+                left.append(product.node.name)
+        rewriter.finish()
+        return left
+
+
+def _sources(products: tuple[fx.Node, ...]) -> list[fx.Node]:
+    return [p.args[0] if p.target.__name__ == "getitem" else p for p in products]  # type: ignore[misc, union-attr]
+
+
+class _Rewriter:
+    """One quantizer a tensor and role; one dequantized copy for each half, so that only codes cross over."""
+
+    def __init__(self, joint: Joint, bits: Bits, frozen: bool) -> None:
+        self.joint, self.bits, self.frozen = joint, bits, frozen
+        self.graph = joint.graph
+        self.codes: dict[tuple[fx.Node, Role], tuple[fx.Node, fx.Node]] = {}
+        self.values: dict[tuple[fx.Node, Role, bool, tuple[fx.Node, ...]], fx.Node] = {}
+        self.scales: list[fx.Node] = []
+        self.rewritten: list[Product] = []
+        placeholders = self.graph.find_nodes(op="placeholder")
+        self.last_placeholder = placeholders[-1]
+        self.names = {n: key for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "param"}
+
+    def rewrite(self, product: Product) -> None:
+        operands = {}
+        for operand in product.operands:
+            codes, scale = self._quantize(operand, product)
+            value = self._value(operand, product, codes, scale)
+            product.node.update_arg(operand.index, value)
+            operands[operand.index] = Codes(codes, scale, getattr(self.bits, operand.role))
+        product.node.meta["e2_operands"] = operands
+        self.rewritten.append(product)
+
+    def _quantize(self, operand: Operand, product: Product) -> tuple[fx.Node, fx.Node]:
+        key = (operand.base, operand.role)
+        if key not in self.codes:
+            bits = getattr(self.bits, operand.role)
+            base = operand.base
+            frozen = self.frozen and operand.role is Role.X
+            running = self._running_scale(product) if frozen else None
+            with after(self.graph, self.last_placeholder if base.op == "placeholder" else base):
+                args = (base, bits) if running is None else (base, bits, running)
+                op = e2.quantize.default if running is None else e2.quantize_running.default
+                node = tagged(
+                    self.graph, op, *args, like=product.node, tag=f"bits.{operand.role}", technique=Technique.BITS
+                )
+            node.meta["e2_phase"] = None
+            with after(self.graph, node):
+                pair = unpack(self.graph, node, (bits, None))
+            self.codes[key] = pair
+            if operand.role is Role.X and not self.frozen:
+                self.scales.append(pair[1])
+                self.joint.scales.append(self._scale_name(product))
+        return self.codes[key]
+
+    def _scale_name(self, product: Product) -> str:
+        weight = next((o.base for o in product.operands if o.role is Role.W), None)
+        return self.names[weight] if weight is not None else product.node.name
+
+    def _running_scale(self, product: Product) -> fx.Node:
+        self.joint.scales.append(self._scale_name(product))
+        with self.graph.inserting_before(self.graph.find_nodes(op="placeholder")[0]):
+            node = self.graph.placeholder(f"scale_{len(self.joint.scales) - 1}")
+        weight = self.graph.find_nodes(op="placeholder")[1].meta["val"]
+        with weight.fake_mode:
+            node.meta["val"] = weight.new_empty(())
+        self.joint.inputs.insert(0, ("scale", self.joint.scales[-1]))
+        return node
+
+    def _value(self, operand: Operand, product: Product, codes: fx.Node, scale: fx.Node) -> fx.Node:
+        key = (operand.base, operand.role, product.backward, operand.chain)
+        if key not in self.values:
+            plain = (operand.base, operand.role, product.backward, ())
+            with self.graph.inserting_before(product.node):
+                if plain not in self.values:
+                    bits = getattr(self.bits, operand.role)
+                    self.values[plain] = tagged(
+                        self.graph,
+                        e2.dequantize.default,
+                        codes,
+                        scale,
+                        like=product.node,
+                        tag=f"bits.{operand.role}",
+                        technique=Technique.BITS,
+                        bits=bits,
+                    )
+                self.values[key] = replay(self.graph, self.values[plain], operand.chain)
+        return self.values[key]
+
+    def _drop_shape_only_argument(self, product: Product) -> None:
+        """convolution_backward reads its third tensor for the shape alone: give it one that backward has anyway."""
+        node = product.node
+        if len(node.args) < 11:
+            return
+        unused = ({0, 1, 2} - {o.index for o in product.operands}).pop()
+        source = node.args[unused]
+        for (base, _, backward, _), value in self.values.items():
+            if base is source and backward and value < node:
+                node.update_arg(unused, value)
+                return
+
+    def finish(self) -> None:
+        """Return the activation scales, so that the owner can keep running averages; drop what became dead."""
+        for product in self.rewritten:
+            self._drop_shape_only_argument(product)
+        outputs, values = list(self.joint.outputs), self.joint.output_nodes()
+        for i, scale in enumerate(self.scales):
+            values.append(scale)
+            outputs.append(("scale", self.joint.scales[i]))
+        self.joint.set_outputs(values, outputs)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.joint.graph_module.recompile()
