@@ -1,4 +1,4 @@
-"""Example inputs in one normal form: positional and keyword arguments, a batch size, and other batch sizes on demand."""
+"""Example inputs in one normal form: positional and keyword arguments, and any other batch size on demand."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Inputs:
         for path, leaf in pytree.tree_flatten_with_path((self.args, self.kwargs))[0]:
             if not (leaf is None or isinstance(leaf, (torch.Tensor, *_PLAIN))):
                 raise InputError(
-                    f"example input {_where(path)} is a {type(leaf).__name__}; only tensors, numbers, strings and None, "
-                    "nested in tuples, lists and dicts, are allowed"
+                    f"example input {_where(path)} is a {type(leaf).__name__}; only tensors, numbers, strings and "
+                    "None, nested in tuples, lists and dicts, are allowed"
                 )
         tensors = self.tensors()
         if not tensors:

@@ -11,8 +11,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from e2pass.capture import symbolic
+from e2pass.capture import exported, symbolic
 from e2pass.capture.binding import Binding
+from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.origin import explain
 from e2pass.capture.rung import Draft, RungError, graft
 from e2pass.capture.shapes import ShapeWorld, make_world
@@ -119,7 +120,13 @@ class _Ladder:
 
     def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
         yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding)
+        yield "export", self._export
         yield "symbolic_trace+leaves", lambda: symbolic.draft_with_leaves(self._work, self._binding)
+
+    def _export(self) -> Draft:
+        inputs = self._inputs.with_batch(max(2, self._inputs.batch_size))
+        tensors = self._binding.bind(*_fresh(inputs))
+        return exported.draft(self._work, self._binding, tensors, [inputs.is_batched(t) for t in tensors])
 
     def _run_original(self) -> tuple[Inputs, tuple[Run, Run]]:
         """Run the model in both modes on a small batch, or on the whole example where a small one does not do."""
@@ -141,9 +148,14 @@ class _Ladder:
 
     def _finish(self, draft: Draft) -> Capture:
         """Give a draft its modules and shapes, and prove it."""
-        graphs = list(dict.fromkeys(draft.graphs))
+        remarks = Diagnostics()
+        graphs = _split_modes(draft.graphs, self._work)
         shells = [graft(self._work, graph, draft.constants) for graph in graphs]
-        world = self._annotate(shells)
+        world = self._annotate(shells, remarks)
+        for shell, training in zip(shells, (True, False), strict=False):
+            functionalize(shell.graph, self._work, training, world, remarks)
+            shell.graph.lint()
+            shell.recompile()
         for training in (True, False):
             shell = shells[0 if training else -1]
             rebuild = draft.rebuild[0 if training else 1]
@@ -152,7 +164,10 @@ class _Ladder:
             if problem:
                 mode = "training" if training else "evaluation"
                 raise RungError(f"the graph is not equal to the model in {mode} mode: {problem}")
-        final = [graft(self._model, graph, draft.constants) for graph in graphs]
+        if draft.sizes is not None:
+            self._binding.fix_sizes(draft.sizes)
+        final = [graft(self._model, shell.graph, draft.constants) for shell in shells]
+        self._diagnostics.extend(dict.fromkeys(remarks))
         return Capture(
             train=final[0],
             eval=final[-1],
@@ -165,7 +180,7 @@ class _Ladder:
             _rebuild=draft.rebuild,
         )
 
-    def _annotate(self, shells: Sequence[fx.GraphModule]) -> ShapeWorld:
+    def _annotate(self, shells: Sequence[fx.GraphModule], remarks: Diagnostics) -> ShapeWorld:
         """Derive shapes with a symbolic batch, or with the example's where that is refused."""
         failure: RungError | None = None
         for symbolic_batch in (True, False):
@@ -183,9 +198,7 @@ class _Ladder:
                 failure = RungError("the model compares it with a number")
                 continue
             if not symbolic_batch:
-                self._diagnostics.warn(
-                    "E2P110", "", f"the batch size is fixed at {inputs.batch_size} in all shapes: {failure}"
-                )
+                remarks.warn("E2P110", "", f"the batch size is fixed at {inputs.batch_size} in all shapes: {failure}")
             return world
         raise failure or RungError("shapes cannot be derived")
 
@@ -195,6 +208,18 @@ class _Ladder:
             self._diagnostics.info("E2P101", "", f"not captured by {reason}")
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
+
+
+def _split_modes(graphs: tuple[fx.Graph, fx.Graph], model: nn.Module) -> list[fx.Graph]:
+    """Return one graph where both modes share it and may go on doing so, else one per mode."""
+    train, evaluated = graphs
+    if train is not evaluated:
+        return [train, evaluated]
+    if not differs_by_mode(train, model):
+        return [train]
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(train, {}))
+    return [train, copied]
 
 
 def _fresh(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

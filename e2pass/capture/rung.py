@@ -37,7 +37,7 @@ class Draft:
         constants: Tensors that belong to no module, by attribute name.
         rebuild: From the graph's output value to the structure that the model returns, per mode.
         leaves: Modules that were not traced into although they are the user's own.
-        fixed_shape: Whether every size but the batch is baked in.
+        sizes: Sizes that the graphs hold for, per placeholder, None for any; None where they hold for all.
     """
 
     rung: str
@@ -45,7 +45,7 @@ class Draft:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     rebuild: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (lambda output: output, lambda output: output)
     leaves: tuple[str, ...] = ()
-    fixed_shape: bool = False
+    sizes: tuple[tuple[int | None, ...], ...] | None = None
 
 
 def graft(model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
@@ -73,22 +73,9 @@ def same_graph(one: fx.Graph, other: fx.Graph) -> bool:
     number = {node: i for graph in (one, other) for i, node in enumerate(graph.nodes)}
 
     def key(node: fx.Node) -> tuple[Any, ...]:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Ref(number[n]))  # type: ignore[arg-type]
-        return node.op, node.target if node.op != "placeholder" else "", repr((args, kwargs))
+        arguments = pytree.tree_map(
+            lambda a: f"%{number[a]}" if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        return node.op, node.target if node.op != "placeholder" else "", repr(arguments)
 
     return all(key(a) == key(b) for a, b in zip(one.nodes, other.nodes, strict=True))
-
-
-class _Ref:
-    """A stand-in for a node in a comparison."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __repr__(self) -> str:
-        return f"%{self._index}"
-
-
-def tensor_leaves(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in a nested output."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

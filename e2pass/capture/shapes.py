@@ -43,7 +43,7 @@ class ShapeWorld:
     def _fake(self, tensor: torch.Tensor, dynamic: bool) -> FakeTensor:
         # DUCK: inputs of one batch share one symbol
         first = DimDynamic.DUCK if dynamic else DimDynamic.STATIC
-        context = StatelessSymbolicContext(
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
             dynamic_sizes=[first if i == 0 else DimDynamic.STATIC for i in range(tensor.dim())]
         )
         return self.mode.from_tensor(tensor.detach(), symbolic_context=context)
@@ -77,7 +77,9 @@ class ShapeWorld:
 
     @contextmanager
     def _faked(self, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-        real = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        real: dict[str, torch.Tensor] = {}
+        real.update(model.named_parameters(remove_duplicate=False))
+        real.update(model.named_buffers(remove_duplicate=False))
         memo: dict[torch.Tensor, torch.Tensor] = {}
         for tensor in real.values():
             if tensor not in memo:

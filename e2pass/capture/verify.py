@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from e2pass.capture.binding import Call
+from e2pass.capture.output import OutputForm, flatten
 from e2pass.capture.state import model_kept, rng_kept, seed_all
 
 _SEED = 20190
@@ -20,7 +20,7 @@ _SEED = 20190
 class Run:
     """What one call left behind."""
 
-    output: Any
+    output: tuple[list[Any], OutputForm]
     buffers: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
 
@@ -32,12 +32,12 @@ def run(model: nn.Module, function: Callable[[], Any], training: bool) -> Run:
         for parameter in model.parameters():
             parameter.grad = None
         seed_all(_SEED)
-        output = function()
+        values, form = flatten(function())
         if training:
-            _backward(output)
+            _backward(values)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        return Run(pytree.tree_map(_detached, output), buffers, gradients)
+        return Run(([_detached(value) for value in values], form), buffers, gradients)
 
 
 def run_model(model: nn.Module, call: Call, training: bool) -> Run:
@@ -47,9 +47,9 @@ def run_model(model: nn.Module, call: Call, training: bool) -> Run:
 
 def difference(expected: Run, got: Run) -> str:
     """Return in words the first difference between two runs, ``""`` if there is none."""
-    wanted, spec = pytree.tree_flatten(expected.output)
-    found, found_spec = pytree.tree_flatten(got.output)
-    if spec != found_spec:
+    wanted, form = expected.output
+    found, found_form = got.output
+    if form.spec != found_form.spec or len(wanted) != len(found) or form.constants != found_form.constants:
         return "the output has another structure"
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
         if not _same(a, b):
@@ -66,10 +66,10 @@ def difference(expected: Run, got: Run) -> str:
     return ""
 
 
-def _backward(output: Any) -> None:
+def _backward(values: Sequence[Any]) -> None:
     """Send a gradient back that is not the same everywhere: a constant one vanishes in a norm or softmax."""
     total: torch.Tensor | None = None
-    for leaf in pytree.tree_leaves(output):
+    for leaf in values:
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             weights = torch.linspace(-1.0, 1.0, max(leaf.numel(), 1), dtype=torch.float64, device=leaf.device)
             term = (leaf.real.double().reshape(-1) * weights[: leaf.numel()]).sum()
