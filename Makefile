@@ -22,18 +22,18 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "e2pass needs Python 3.11 or later; none was found, give one with PYTHON=path" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "e2pass needs Python 3.11 or later, and $(PYTHON) is older; give another with PYTHON=path" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+# The target is pip, which comes last: an environment that was left half-made is made again.
+$(BIN)/pip:
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "e2pass needs Python 3.11 or later; '$(PYTHON)' is not that, give another with PYTHON=path" >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
 
-$(VENV)/.demo-installed: $(SPEC) | $(BIN)/python
+$(VENV)/.demo-installed: $(SPEC) | $(BIN)/pip
 	@echo "installing e2pass with what the demo needs into $(VENV) ..."
 	@start=$$SECONDS; $(PIP_INSTALL) --editable '.[data]'; echo "installation took $$((SECONDS - start)) s"
 	@touch $@
 
-$(VENV)/.dev-installed: $(SPEC) | $(BIN)/python
+$(VENV)/.dev-installed: $(SPEC) | $(BIN)/pip
 	@echo "installing e2pass with what the tests and checks need into $(VENV) ..."
 	@start=$$SECONDS; \
 		$(PIP_INSTALL) --editable '.[dev]'; \

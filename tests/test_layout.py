@@ -76,6 +76,12 @@ def test_package_data_is_reachable() -> None:
     assert listed <= seen
 
 
+@pytest.mark.parametrize("folder", ["e2pass", "tests", "examples", "benchmarks"])
+def test_every_folder_of_code_is_type_checked(folder: str) -> None:
+    checked = folder in PYPROJECT["tool"]["mypy"]["files"]  # mypy refuses a folder without Python files
+    assert checked == any((ROOT / folder).rglob("*.py"))
+
+
 def test_version_is_stated_once() -> None:
     assert "version" not in PYPROJECT["project"]
     assert version("e2pass") == e2pass.__version__
