@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ class Binding:
         self._constants = {pytree.keystr(path): v for path, v in leaves if not isinstance(v, torch.Tensor)}
         self._only_positional = not inputs.kwargs and len(self._tensors) == len(leaves) == len(inputs.args)
         self._fixed: list[tuple[int | None, ...]] | None = None
+        self._allows_batch: Callable[[int], bool] | None = None
+        self._batch_checked: dict[int, bool] = {}
         self.names = _identifiers(self._tensors)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -67,6 +69,8 @@ class Binding:
             values = self._by_path(args, kwargs)
         if self._fixed is not None:
             self._check_sizes(values, self._fixed)
+        if self._allows_batch is not None:
+            self._check_batch(int(values[0].shape[0]), self._allows_batch)
         return values
 
     def call_with(self, tensors: Sequence[Any]) -> Call:
@@ -81,6 +85,11 @@ class Binding:
     def fix_sizes(self, sizes: Sequence[tuple[int | None, ...]]) -> None:
         """Refuse calls whose tensors differ from ``sizes``; None stands for any size."""
         self._fixed = list(sizes)
+
+    def restrict_batch(self, allows: Callable[[int], bool]) -> None:
+        """Refuse calls whose batch size, dimension 0 of the first tensor, ``allows`` is False for."""
+        self._allows_batch = allows
+        self._batch_checked = {}
 
     def _normal_form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -127,6 +136,15 @@ class Binding:
                     f"input {name!r} of {self._model_name} has shape {tuple(value.shape)}; the captured graph holds "
                     f"for ({allowed})"
                 )
+
+    def _check_batch(self, batch: int, allows: Callable[[int], bool]) -> None:
+        if batch not in self._batch_checked:
+            self._batch_checked[batch] = allows(batch)
+        if not self._batch_checked[batch]:
+            raise InputError(
+                f"the captured graph of {self._model_name} does not hold for a batch of {batch}: the model itself "
+                "branches on its batch size; capture it with an example of this size"
+            )
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -15,6 +18,7 @@ from e2pass.capture.binding import Binding
 from e2pass.capture.origin import explain, line_of_trace
 from e2pass.capture.output import OutputForm, flatten
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
+from e2pass.capture.state import quiet
 
 _MODEL = "model"
 _NO_EFFECT = ("_assert", "sym_constrain_range", "_check", "assume")
@@ -38,7 +42,15 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Call the model; remember the form of what it returned."""
         call = self._binding.call_with(tensors)
+        buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
         values, self._cell.form = flatten(self.model(*call.args, **call.kwargs))
+        # torch.export loses `self.buffer = value` in nested modules; as a write into the buffer it is kept
+        for module, before in buffers:
+            for name, buffer in before.items():
+                after = module._buffers.get(name)
+                if buffer is not None and after is not None and after is not buffer:
+                    buffer.copy_(after.detach())
+                    module._buffers[name] = buffer
         return tuple(values)
 
 
@@ -58,12 +70,14 @@ def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], b
     graphs: list[fx.Graph] = []
     forms: list[OutputForm] = []
     sizes: list[tuple[int | None, ...]] = []
+    guards: list[Callable[[int], bool]] = []
     for training in (True, False):
         model.train(training)
         program, form = _export(model, binding, tensors, batched)
         graphs.append(_Flattener(program, model, binding, constants).run())
         forms.append(form)
         sizes = _merge(sizes, _sizes(program))
+        guards += _guards(program)
     train, evaluated = graphs
     if same_graph(train, evaluated) and forms[0] == forms[1]:
         evaluated = train
@@ -73,6 +87,7 @@ def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], b
         constants,
         rebuild=(forms[0].rebuild, forms[1].rebuild),
         sizes=tuple(sizes),
+        allows_batch=lambda batch: all(guard(batch) for guard in guards),
     )
 
 
@@ -84,7 +99,8 @@ def _export(
     flat.training = model.training
     shapes = tuple({0: Dim.AUTO} if of_batch else None for of_batch in batched)
     try:
-        program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+        with quiet():
+            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise RungError(explain(error)) from error
     return program, cell.form
@@ -92,12 +108,36 @@ def _export(
 
 def _sizes(program: ExportedProgram) -> list[tuple[int | None, ...]]:
     """Sizes of the user's inputs that are baked into the program."""
-    names = set(program.graph_signature.user_inputs)
     return [
-        tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
-        for node in program.graph.find_nodes(op="placeholder")
-        if node.name in names
+        tuple(size if isinstance(size, int) else None for size in value.shape) for value in _example_values(program)
     ]
+
+
+def _guards(program: ExportedProgram) -> list[Callable[[int], bool]]:
+    """What the exporter assumed about the batch size.
+
+    Every free dimension is a batch, so all symbols stand for the same number.
+    """
+
+    def holds(expression: sympy.Basic) -> Callable[[int], bool]:
+        symbols = list(expression.free_symbols)
+        return lambda batch: expression.xreplace({s: sympy.Integer(batch) for s in symbols}) != sympy.false
+
+    def within(low: int, high: int) -> Callable[[int], bool]:
+        return lambda batch: low <= batch <= high
+
+    modes = [value.fake_mode for value in _example_values(program) if isinstance(value, FakeTensor)]
+    environment = modes[0].shape_env if modes else None
+    guards = [holds(guard.expr) for guard in environment.guards] if environment is not None else []
+    for limits in program.range_constraints.values():
+        low = 1 if limits.lower <= 2 else int(limits.lower)  # two is where symbols begin; one is proved separately
+        guards.append(within(low, sys.maxsize if limits.upper > sys.maxsize else int(limits.upper)))
+    return guards
+
+
+def _example_values(program: ExportedProgram) -> list[Any]:
+    names = set(program.graph_signature.user_inputs)
+    return [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
 
 
 def _merge(one: list[tuple[int | None, ...]], other: list[tuple[int | None, ...]]) -> list[tuple[int | None, ...]]:

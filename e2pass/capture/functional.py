@@ -109,27 +109,24 @@ def functionalize(
         found = _in_place(node, model, training)
         if found is None:
             continue
-        obstacle = "it has no out-of-place form" if found.pure is None else ""
-        after, problem = aliases.reads_after(node, found.written)
-        obstacle = problem or obstacle
-        if obstacle:
-            if problem or after:
-                diagnostics.warn(
-                    "E2P120", node.name, f"the in-place operation {_title(node)} stays in place: {obstacle}"
-                )
+        if found.written.op == "get_attr":  # updates of buffers are meant to last
             continue
-        if found.pure is not None:
-            _apply(node, found, after, world)
+        after, problem = aliases.reads_after(node, found.written)
+        if found.pure is None and after:
+            problem = problem or "it has no out-of-place form"
+        if problem:
+            diagnostics.warn("E2P120", node.name, f"the in-place operation {_title(node)} stays in place: {problem}")
+        elif found.pure is not None:
+            _apply(node, found.pure, found.written, after, world)
 
 
-def _apply(node: fx.Node, found: _InPlace, after: list[tuple[fx.Node, fx.Node]], world: ShapeWorld) -> None:
-    pure = found.pure
-    if pure is None:
-        return
+def _apply(
+    node: fx.Node, pure: _Rewrite, written: fx.Node, after: list[tuple[fx.Node, fx.Node]], world: ShapeWorld
+) -> None:
     node.op, node.target = pure.op, pure.target
     node.args, node.kwargs = pure.args, pure.kwargs
     result = node
-    old: torch.Tensor = found.written.meta["val"]
+    old: torch.Tensor = written.meta["val"]
     new = _evaluate(pure, world)
     if new is not None and new.dtype != old.dtype:  # in place keeps the dtype, out of place promotes
         with node.graph.inserting_after(node):
@@ -169,7 +166,7 @@ class _Aliases:
         """
         value = written.meta.get("val")
         if not isinstance(value, torch.Tensor):
-            return [], "it does not write a tensor"
+            return [], "what it writes is no tensor"
         readers: list[tuple[fx.Node, fx.Node]] = []
         for alias in self._by_storage.get(_storage(value), [written]):
             if self._order[alias] >= self._order[node]:

@@ -16,14 +16,15 @@ from e2pass.capture.binding import Binding
 from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.origin import explain
 from e2pass.capture.rung import Draft, RungError, graft
-from e2pass.capture.shapes import ShapeWorld, make_world
-from e2pass.capture.state import model_kept, rng_kept
+from e2pass.capture.shapes import Observed, ShapeWorld, make_world, observe
+from e2pass.capture.state import model_kept, quiet, rng_kept
 from e2pass.capture.verify import Run, difference, run, run_model
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import CaptureError, InputError
 from e2pass.inputs import Inputs
 
 _PROOF_BATCH = 3
+_MODES = ("training", "evaluation")
 
 
 @dataclass
@@ -116,7 +117,7 @@ class _Ladder:
                 continue
             self._report(result, reasons)
             return result
-        raise CaptureError(f"{type(self._model).__name__} cannot be captured; " + "; ".join(reasons))
+        raise CaptureError(f"{type(self._model).__name__} cannot be captured: " + "; ".join(reasons))
 
     def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
         yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding)
@@ -151,21 +152,16 @@ class _Ladder:
         remarks = Diagnostics()
         graphs = _split_modes(draft.graphs, self._work)
         shells = [graft(self._work, graph, draft.constants) for graph in graphs]
-        world = self._annotate(shells, remarks)
+        world = self._annotate(shells, draft.leaves, remarks)
         for shell, training in zip(shells, (True, False), strict=False):
             functionalize(shell.graph, self._work, training, world, remarks)
             shell.graph.lint()
             shell.recompile()
-        for training in (True, False):
-            shell = shells[0 if training else -1]
-            rebuild = draft.rebuild[0 if training else 1]
-            got = run(self._work, lambda: rebuild(shell(*self._binding.bind(*_fresh(self._proof)))), training)  # noqa: B023
-            problem = difference(self._expected[0 if training else 1], got)
+        for mode, shell in enumerate((shells[0], shells[-1])):
+            problem = difference(self._expected[mode], self._run_graph(shell, draft, self._proof, mode == 0))
             if problem:
-                mode = "training" if training else "evaluation"
-                raise RungError(f"the graph is not equal to the model in {mode} mode: {problem}")
-        if draft.sizes is not None:
-            self._binding.fix_sizes(draft.sizes)
+                raise RungError(f"the graph is not equal to the model in {_MODES[mode]} mode: {problem}")
+        self._restrict(draft, shells[-1])
         final = [graft(self._model, shell.graph, draft.constants) for shell in shells]
         self._diagnostics.extend(dict.fromkeys(remarks))
         return Capture(
@@ -180,17 +176,47 @@ class _Ladder:
             _rebuild=draft.rebuild,
         )
 
-    def _annotate(self, shells: Sequence[fx.GraphModule], remarks: Diagnostics) -> ShapeWorld:
+    def _run_graph(self, shell: fx.GraphModule, draft: Draft, inputs: Inputs, training: bool) -> Run:
+        rebuild = draft.rebuild[0 if training else 1]
+        tensors = self._binding.bind(*_fresh(inputs))
+        try:
+            return run(self._work, lambda: rebuild(shell(*tensors)), training)
+        except Exception as error:
+            raise RungError(f"the graph does not run: {explain(error)}") from error
+
+    def _restrict(self, draft: Draft, shell: fx.GraphModule) -> None:
+        """Let the binding refuse calls that the graph does not hold for."""
+        allows = draft.allows_batch
+        if draft.sizes is None or allows is None:
+            return
+        one = self._equal_for_one(draft, shell)
+        self._binding.fix_sizes(draft.sizes)
+        self._binding.restrict_batch(lambda batch: one if batch == 1 else allows(batch))
+
+    def _equal_for_one(self, draft: Draft, shell: fx.GraphModule) -> bool:
+        """Whether an exported graph also holds for one sample, which no symbol stands for."""
+        inputs = self._inputs.with_batch(1)
+        try:
+            expected = self._run(inputs, False)
+        except Exception:  # the model cannot do it either; its own error will be the clearer one
+            return True
+        try:
+            return not difference(expected, self._run_graph(shell, draft, inputs, False))
+        except RungError:
+            return False
+
+    def _annotate(self, shells: Sequence[fx.GraphModule], leaves: Sequence[str], remarks: Diagnostics) -> ShapeWorld:
         """Derive shapes with a symbolic batch, or with the example's where that is refused."""
         failure: RungError | None = None
+        seen = [self._observe(shell, leaves, training) for shell, training in zip(shells, (True, False), strict=False)]
         for symbolic_batch in (True, False):
             inputs = self._inputs.with_batch(max(2, self._inputs.batch_size))
             world = make_world(inputs, self._binding.bind(*_fresh(inputs)), symbolic_batch)
             try:
-                for shell, training in zip(shells, (True, False), strict=False):
-                    with model_kept(self._work):
+                for shell, opaque, training in zip(shells, seen, (True, False), strict=False):
+                    with model_kept(self._work), quiet():
                         self._work.train(training)
-                        world.annotate(shell, self._work)
+                        world.annotate(shell, self._work, opaque)
             except RungError as error:
                 failure = error
                 continue
@@ -201,6 +227,19 @@ class _Ladder:
                 remarks.warn("E2P110", "", f"the batch size is fixed at {inputs.batch_size} in all shapes: {failure}")
             return world
         raise failure or RungError("shapes cannot be derived")
+
+    def _observe(self, shell: fx.GraphModule, leaves: Sequence[str], training: bool) -> Observed:
+        """Run opaque modules for real, in two batch sizes: fake tensors cannot take data-dependent branches."""
+        if not leaves:
+            return {}
+        batch = max(2, self._inputs.batch_size)
+        calls = [(size, self._binding.bind(*_fresh(self._inputs.with_batch(size)))) for size in (batch, batch + 1)]
+        try:
+            with rng_kept(), model_kept(self._work):
+                self._work.train(training)
+                return observe(shell, leaves, calls)
+        except Exception as error:
+            raise RungError(explain(error)) from error
 
     def _report(self, result: Capture, reasons: Sequence[str]) -> None:
         self._diagnostics.info("E2P100", "", f"captured by {result.rung}")

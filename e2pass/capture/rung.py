@@ -38,6 +38,7 @@ class Draft:
         rebuild: From the graph's output value to the structure that the model returns, per mode.
         leaves: Modules that were not traced into although they are the user's own.
         sizes: Sizes that the graphs hold for, per placeholder, None for any; None where they hold for all.
+        allows_batch: Whether what was assumed about the batch size holds for another; None if nothing was.
     """
 
     rung: str
@@ -46,6 +47,7 @@ class Draft:
     rebuild: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (lambda output: output, lambda output: output)
     leaves: tuple[str, ...] = ()
     sizes: tuple[tuple[int | None, ...], ...] | None = None
+    allows_batch: Callable[[int], bool] | None = None
 
 
 def graft(model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:

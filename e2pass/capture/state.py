@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +41,20 @@ def seed_all(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy:
         numpy.random.seed(seed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from printing warnings and partial graphs: a failed attempt becomes a diagnostic, not noise."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 @contextmanager
