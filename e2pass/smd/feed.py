@@ -54,6 +54,10 @@ class Feed(ABC):
             if epoch is not None:
                 target.set_epoch(epoch)
 
+    def in_order(self) -> bool:
+        """Return whether batches are yielded in the order in which they are sampled."""
+        return not isinstance(self.source, DataLoader) or self.source.num_workers == 0 or self.source.in_order
+
     def workers_alive(self) -> bool:
         """Return whether persistent workers of an earlier pass wait for the next one."""
         return isinstance(self.source, DataLoader) and vars(self.source)["_iterator"] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -198,6 +199,12 @@ class SMDLoader:
         if progress is None or progress.finished:
             progress = self._coming()
             progress.seeded = self._feed.workers_alive()
+        elif not self._feed.in_order():
+            warnings.warn(
+                "the loader has in_order=False, so which batches its workers have in hand is not known; a run "
+                "resumed from this state may repeat or miss some of them",
+                stacklevel=2,
+            )
         return {
             "p": self.smd.p,
             "seed": self.smd.seed,

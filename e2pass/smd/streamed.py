@@ -144,6 +144,8 @@ class _StreamedSteps:
                 break
             except Exception:
                 progress.pulled += 1
+                if decision is Decision.KEEP:
+                    progress.in_flight.append(progress.pulled)
                 raise
             progress.pulled += 1
             if decision is Decision.KEEP and batch is not None:
