@@ -1,0 +1,1 @@
+"""Board descriptions that ship with e2pass, one YAML file each."""

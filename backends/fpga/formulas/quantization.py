@@ -1,0 +1,69 @@
+"""The operators of quantization and predictive sign gradients."""
+
+from __future__ import annotations
+
+from e2pass.backends.fpga.formulas.common import stream, tensor
+from e2pass.backends.fpga.registry import register_cost
+from e2pass.backends.fpga.workload import Alu, Reread, Work
+from e2pass.cost import OpSite
+
+ENCODE = Alu(3, 1)
+"""Per element: scale, round, saturate both ways."""
+PEAK = Alu(2, 0)
+"""Per element: absolute value and running maximum."""
+SELECT = Alu(3, 0)
+"""Per weight: absolute value, comparison with the threshold, choice."""
+
+
+@register_cost("e2pass.quantize")
+def quantize(site: OpSite) -> Work:
+    """A maximum over the tensor sets the scale, then each element is encoded: a second read unless it fits."""
+    x = tensor(site, 0)
+    return stream(
+        site,
+        "quantize: max|x|, then encode",
+        PEAK.plus(ENCODE),
+        elements=x.numel,
+        reads=(x,),
+        rereads=(Reread(x.bytes, x.bytes),),
+    )
+
+
+@register_cost("e2pass.quantize_running")
+def quantize_running(site: OpSite) -> Work:
+    """The scale is known beforehand: one pass."""
+    x = tensor(site, 0)
+    return stream(site, "quantize with a known scale", ENCODE, elements=x.numel, reads=(x,))
+
+
+@register_cost("e2pass.msb")
+def msb(site: OpSite) -> Work:
+    """Rounding shift per code: add half, shift, saturate."""
+    return stream(site, "msb: rounding shift", Alu(3, 0))
+
+
+@register_cost("e2pass.threshold")
+def threshold(site: OpSite) -> Work:
+    """The largest magnitude of the predicted gradient, times beta."""
+    return stream(site, "threshold: max|g_msb|", PEAK, elements=tensor(site, 0).numel)
+
+
+@register_cost("e2pass.select")
+def select(site: OpSite) -> Work:
+    """Predicted or full gradient per weight; the counts are a statistic of the emulation, no work of the board."""
+    out = site.outputs[0]
+    return stream(site, "select: compare and choose", SELECT, elements=out.numel, writes=(out,))
+
+
+@register_cost("e2pass.sign_select")
+def sign_select(site: OpSite) -> Work:
+    """Threshold, choice and sign per weight; the predicted gradient is read again unless it fits."""
+    predicted = tensor(site, 0)
+    return stream(
+        site,
+        "sign select: max|g_msb|, compare, choose, sign",
+        PEAK.plus(SELECT).plus(Alu(1, 0)),
+        elements=predicted.numel,
+        writes=site.outputs[:1],
+        rereads=(Reread(predicted.bytes, predicted.bytes),),
+    )
