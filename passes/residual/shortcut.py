@@ -1,0 +1,131 @@
+"""What an operand of a join does between the fork and the join."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from e2pass.passes.residual import shapes
+from e2pass.passes.residual.activation_dag import ActivationDag
+from e2pass.passes.residual.operators import Kind
+
+_LINEAR = frozenset(
+    {
+        Kind.MOVE,
+        Kind.PASS,
+        Kind.DROPOUT,
+        Kind.AVG_POOL,
+        Kind.RESIZE,
+        Kind.SUM,
+    }
+)
+_LINEAR_IN_ONE = frozenset({Kind.CONTRACTION, Kind.UP_CONTRACTION, Kind.BATCH_NORM, Kind.PRODUCT, Kind.QUOTIENT})
+MAX_PROJECTION_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Path:
+    """The region between a fork and one operand.
+
+    Attributes:
+        nodes: Its activations.
+        contractions: How many of them are convolutions or linear layers.
+        linear: Whether all of them are linear; average pooling and batch norm count as linear.
+        plain: Whether all that is not linear is a norm or a max pool, as projections have them.
+        enlarges: Whether some of them enlarge the feature map.
+        whole: Whether the operand depends on the fork and on no other activation.
+    """
+
+    nodes: frozenset[int]
+    contractions: int
+    linear: bool
+    plain: bool
+    enlarges: bool
+    whole: bool
+
+
+def is_linear(dag: ActivationDag, number: int) -> bool:
+    """Whether a node is linear in the activations that it reads."""
+    kind = dag.kind[number]
+    if kind in _LINEAR_IN_ONE:
+        node = dag.nodes[number]
+        operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+        read = [a for a in operands if dag.activation[dag.number[a]]]  # x * x reads x twice
+        return len(read) <= 1 and (kind is not Kind.QUOTIENT or read == list(node.args[:1]))
+    return kind in _LINEAR
+
+
+def enlarges(dag: ActivationDag, number: int) -> bool:
+    """Whether a node brings features to a larger map: transposed convolution, interpolation, unpooling, ..."""
+    if dag.kind[number] not in (Kind.UP_CONTRACTION, Kind.RESIZE):
+        return False
+    result = dag.value(number)
+    sources = [dag.value(p) for p in dag.before[number][:1]]
+    if result is None or not sources or sources[0] is None or len(result.shape) != len(sources[0].shape):
+        return True
+    pairs = zip(result.shape[2:], sources[0].shape[2:], strict=True)
+    return any((shapes.hint(after) or 0) > (shapes.hint(before) or 0) for after, before in pairs)
+
+
+def trace(dag: ActivationDag, fork: int, operand: int) -> Path:
+    """Return what stands between ``fork`` and ``operand``."""
+    seen: set[int] = set()
+    stack = [operand] if operand != fork else []
+    whole = True
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        if n < fork or not dag.before[n]:
+            whole = False
+            continue
+        seen.add(n)
+        stack.extend(p for p in dag.before[n] if p != fork)
+    bent = [n for n in seen if not is_linear(dag, n)]
+    return Path(
+        nodes=frozenset(seen),
+        contractions=sum(dag.is_contraction(n) for n in seen),
+        linear=not bent,
+        plain=all(dag.kind[n] in (Kind.NORM, Kind.MAX_POOL) for n in bent),
+        enlarges=any(enlarges(dag, n) for n in seen),
+        whole=whole,
+    )
+
+
+def is_short(dag: ActivationDag, fork: int, operand: int) -> bool:
+    """Whether few layers stand between ``fork`` and ``operand``: decided without walking a long region."""
+    seen: set[int] = set()
+    stack = [operand]
+    layers = 0
+    while stack:
+        n = stack.pop()
+        if n in seen or n <= fork:
+            continue
+        seen.add(n)
+        layers += dag.is_contraction(n)
+        if layers > MAX_PROJECTION_LAYERS:
+            return False
+        stack.extend(dag.before[n])
+    return True
+
+
+def strip(dag: ActivationDag, operand: int) -> int:
+    """Follow operations that hand their operand on unchanged (``nn.Identity``, ``clone``) back to its origin."""
+    while dag.kind[operand] is Kind.PASS and len(dag.before[operand]) == 1:
+        source = dag.before[operand][0]
+        value, origin = dag.value(operand), dag.value(source)
+        if value is None or origin is None or value.dtype != origin.dtype:
+            break
+        operand = source
+    return operand
+
+
+def is_closed(dag: ActivationDag, fork: int, inside: frozenset[int]) -> bool:
+    """Whether everything that reads the fork, or a value of ``inside``, is in ``inside``.
+
+    ``inside`` holds body, shortcut and additions; the last addition may be read from outside.
+    """
+    last = max(inside)
+    region = [n for n in (fork, *inside) if n != last]
+    return all(u in inside for n in region for u in dag.live_users(n) if dag.activation[u])
