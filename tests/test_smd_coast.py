@@ -75,6 +75,17 @@ def test_optimizers_without_anything_to_coast_stay(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
+def test_optimizers_that_change_the_gradient_get_a_new_one_each_step() -> None:
+    class InPlace(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            weight.grad.add_(1.0)  # type: ignore[union-attr]
+            super().step(closure)
+
+    weight = nn.Parameter(torch.tensor(0.0))
+    coast(InPlace([weight], lr=1.0), 3)
+    assert weight.item() == -3.0
+
+
 def test_frozen_parameters_stay() -> None:
     frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
     coast(torch.optim.SGD([frozen, free], lr=1.0, weight_decay=0.5))

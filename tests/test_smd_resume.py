@@ -65,6 +65,16 @@ class NumpyShuffle(PythonShuffle):
         return iter(np.random.permutation(self.n).tolist())
 
 
+class Singles(Sampler[list[int]]):
+    """A batch sampler that does not tell its length."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([index] for index in range(self.n))
+
+
 class ShuffledStream(Stream):
     """Draws its order from the global generator when its first sample is asked for."""
 
@@ -273,10 +283,11 @@ def test_a_loaded_state_can_be_saved_again_before_it_is_used() -> None:
     assert values(third) == values(again) == values(steps)
 
 
-def test_loaders_whose_random_numbers_interleave() -> None:
+@pytest.mark.parametrize("plain", [lambda: LOADERS["shuffled"](Counting(40)), lambda: STREAMS["stream"](Counting(40))])
+def test_loaders_whose_random_numbers_interleave(plain: Callable[[], Any]) -> None:
     # zip() makes both iterators before it draws from either.
     def make() -> list[SMDLoader]:
-        return [dropping(Counting(40), batch_size=2, shuffle=True, seed=seed) for seed in (0, 1)]
+        return [drop_batches(plain(), SMD(seed=seed)) for seed in (0, 1)]
 
     torch.manual_seed(0)
     pair = make()
@@ -291,6 +302,51 @@ def test_loaders_whose_random_numbers_interleave() -> None:
         loader.load_state_dict(state)
     torch.set_rng_state(world)
     assert [values(batches) for batches in zip(*pair, strict=False)] == seen[3:]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(Counting(9), batch_sampler=Singles(3)), lambda: Unsized(3), lambda: [0, 1, 2]]
+)
+def test_the_only_batch_of_an_epoch_is_not_repeated(make: Callable[[], Any]) -> None:
+    singles = 0
+    for seed in range(30):
+        smd = SMD(p=0.9, seed=seed)
+        loader, states, got = drop_batches(make(), smd), [], []
+        for batch in loader:
+            got.append(batch)
+            states.append(saved(loader.state_dict()))
+        singles += len(got) == 1
+        for index, state in enumerate(states, start=1):
+            resumed = drop_batches(make(), smd)
+            resumed.load_state_dict(state)
+            assert list(resumed) == got[index:]
+            assert resumed.stats() == loader.stats()
+    assert singles > 15
+
+
+def test_the_epoch_of_the_sampler_is_restored() -> None:
+    def make() -> SMDLoader:
+        data = Counting(40)
+        return dropping(data, batch_size=2, sampler=DistributedSampler(data, 2, 0))
+
+    loader = make()
+    loader.set_epoch(5)
+    steps = iter(loader)
+    next(steps)
+    resumed = make()
+    resumed.load_state_dict(saved(loader.state_dict()))
+    assert values(resumed) == values(steps)
+
+
+def test_going_back_in_a_live_loader_starts_its_workers_anew() -> None:
+    loader = dropping(Counting(20), batch_size=2, shuffle=True, num_workers=2, persistent_workers=True)
+    torch.manual_seed(0)
+    state, world = loader.state_dict(), torch.get_rng_state()
+    first, after = values(loader), torch.get_rng_state()
+    loader.load_state_dict(state)
+    torch.set_rng_state(world)
+    assert values(loader) == first
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_naming_the_epoch_keeps_the_place_and_another_one_leaves_it() -> None:
@@ -336,16 +392,6 @@ def test_states_of_other_loaders(other: Callable[[], SMDLoader], message: str) -
 def test_no_state() -> None:
     with pytest.raises(LoaderError, match="not the state of an SMDLoader"):
         drop_batches([1]).load_state_dict({"epoch": 3})
-
-
-class Singles(Sampler[list[int]]):
-    """A batch sampler that does not tell its length."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return ([index] for index in range(self.n))
 
 
 @pytest.mark.parametrize(

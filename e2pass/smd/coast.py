@@ -29,7 +29,7 @@ def coast(optimizer: Optimizer, steps: int = 1) -> None:
     try:
         for _ in range(steps):
             for parameter in parameters:
-                # New zeros for each step, because some optimizers decay or transform the gradient in place.
+                # New zeros for each step, because an optimizer may decay or clip the gradient in place.
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
     finally:

@@ -46,7 +46,6 @@ class DroppingSampler:
         decisions = self._schedule.epoch(progress.epoch, progress.length)
         while decisions.step < progress.position:
             decisions.draw()
-        decisions.any_kept |= progress.yielded > 0
         held: list[Any] = []
         for indices in self._nominal(progress):
             match decisions.draw():

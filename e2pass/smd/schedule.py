@@ -76,7 +76,7 @@ class DropSchedule:
 
     def count(self, epoch: int, length: int) -> int:
         """Return how many of the ``length`` batches of an epoch are kept; at least 1 unless ``length`` is 0."""
-        return sum(self.keeps(epoch, length))
+        return _count(self, epoch, length)
 
     def uniform(self, epoch: int, step: int, purpose: str = "drop") -> float:
         """Return the number in [0, 1) that decides about one step."""
@@ -122,6 +122,11 @@ def first_keep_probability(bias: float, remaining: int) -> float:
     if remaining == 1 or bias == 1.0:
         return 1.0
     return 1.0 / remaining if bias == 0.0 else bias / _some_keep(bias, remaining)
+
+
+@lru_cache(maxsize=256)  # len() of a loader is often asked for at every step
+def _count(schedule: DropSchedule, epoch: int, length: int) -> int:
+    return sum(schedule.keeps(epoch, length))
 
 
 @lru_cache(maxsize=256)

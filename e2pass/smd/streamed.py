@@ -106,7 +106,6 @@ class StreamedFeed(Feed):
                         f"the saved run had read {progress.pulled} batches of epoch {progress.epoch}, but the "
                         f"loader now has only {passed}; resume with the same data and batch size"
                     ) from None
-        progress.exhausted = False  # if it was, the cursor will find out
         return _StreamedSteps(cursor, progress, self._schedule, self.sources)
 
     def _cursor(self, seeded: bool) -> _Cursor:
@@ -164,7 +163,7 @@ class _StreamedSteps:
     def _last(self) -> Any:
         """Return the batch held for an epoch of which nothing was kept."""
         batch, self._held = self._held, None
-        if batch is None or self._progress.yielded:
+        if batch is None:
             raise StopIteration
         self._progress.in_flight.append(self._progress.pulled)
         return batch()
@@ -174,5 +173,4 @@ def _decisions_after(progress: Progress, schedule: DropSchedule) -> EpochDecisio
     decisions = schedule.epoch(progress.epoch, progress.length)
     while decisions.step < progress.pulled:
         decisions.draw()
-    decisions.any_kept |= progress.yielded > 0
     return decisions
