@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from e2pass.backends.fpga import FpgaCostModel
+from e2pass.cost import CostModel, Free, OpCost, OpSite, Phase, Technique, TensorSpec, Unsupported
+from e2pass.errors import InputError
+from e2pass.report import BASIS, CostReport, StepCost, price_step
+
+
+class Fixed:
+    """A cost model with one price: 2 J, 0.5 s, 10 MACs, 8 bytes."""
+
+    name, dram = "fixed", "dram"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def sources(self) -> dict[str, str]:
+        return {"price_j": "2 (estimate): made up for a test"}
+
+    def cost(self, site: OpSite) -> OpCost | Free | Unsupported:
+        self.asked.append(site.name)
+        if site.op == "view":
+            return Free("a view of the same bytes")
+        if site.op.startswith("odd"):
+            return Unsupported("no formula | for this")
+        return OpCost(10, 3, 50, 0.5, {"compute": 0.5, "dram": 1, "static": 0.5}, {"sram": 16, "dram": 8}, "fixed")
+
+
+def op(name: str, kind: str = "relu", probability: float = 1.0, **where: object) -> OpSite:
+    spec = TensorSpec((2, 3))
+    return OpSite(name, kind, (spec,), (spec,), probability=probability, **where)  # type: ignore[arg-type]
+
+
+SITES = [
+    op("r0/a", layer="stem", region="r0"),
+    op("r0/b", layer="body", block="b1", probability=0.5, phase=Phase.DW, technique=Technique.PSG),
+    op("r0/c", "view"),
+    op("r0/d", layer="body", phase=Phase.UPDATE),
+]
+
+
+def price(sites: list[OpSite], model: CostModel | None = None) -> StepCost:
+    return price_step(sites, model or Fixed())
+
+
+def report(*, with_transformed: bool = True, odd: bool = False) -> CostReport:
+    before = [*SITES, op("r0/e", "odd")] if odd else SITES
+    after = price([op("r0/a", probability=0.25)]) if with_transformed else None
+    return CostReport("fixed", price(before), after, {"rates": "assumed", "loss": "cross-entropy"}, Fixed().sources())
+
+
+def test_totals_are_expectations() -> None:
+    step = price(SITES)
+    assert (step.energy_j, step.time_s, step.macs, step.dram_bytes) == (5, 1.25, 25, 20)
+    assert [row.total_j for row in step.rows] == [2, 1, 2]
+    assert step.rows[1].probability == 0.5
+    assert [(f.name, f.reason) for f in step.free] == [("r0/c", "a view of the same bytes")]
+
+
+def test_every_breakdown_adds_up_to_the_total() -> None:
+    step = price(SITES)
+    for found in (step.by_phase(), step.by_technique(), step.by_layer(), step.by_block()):
+        assert sum(t.energy_j for t in found.values()) == step.energy_j
+        assert sum(t.macs for t in found.values()) == step.macs
+    assert sum(step.by_level().values()) == step.energy_j
+    assert list(step.by_phase()) == ["forward", "dw", "update"]
+    assert step.by_technique()["psg"].energy_j == 1
+    assert step.by_layer()["body"].energy_j == 3
+    assert step.by_block() == {"": step.by_block()[""], "b1": step.by_technique()["psg"]}
+    assert step.by_level() == {"compute": 1.25, "dram": 2.5, "static": 1.25}
+    assert step.traffic_by_level() == {"sram": 40, "dram": 20}
+
+
+def test_equal_operations_are_priced_once() -> None:
+    model = Fixed()
+    price_step([op(f"n{i}", probability=i / 9) for i in range(10)] + [op("other", "tanh")], model)
+    assert model.asked == ["n0", "other"]
+
+
+def test_operations_that_cannot_be_hashed_are_priced_all_the_same() -> None:
+    site = OpSite("a", "relu", ([1, 2],), (TensorSpec((2,)),))
+    assert price([site, site]).energy_j == 4
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.lists(st.floats(0, 1), max_size=8))
+def test_cost_is_additive_and_scales_with_the_probability(one: list[float], other: list[float]) -> None:
+    model = FpgaCostModel("zedboard")
+    first, second = ([op(f"n{i}", "aten.gelu.default", p) for i, p in enumerate(ps)] for ps in (one, other))
+    both = price(first + second, model)
+    assert both.energy_j == pytest.approx(price(first, model).energy_j + price(second, model).energy_j)
+    assert both.dram_bytes == pytest.approx(sum((*one, *other)) * 48)
+
+
+def test_unpriced_operations_are_listed_and_in_no_total() -> None:
+    with_odd, without = price([*SITES, op("r0/e", "odd", 0.5)]), price(SITES)
+    assert with_odd.totals == without.totals
+    (missing,) = with_odd.unpriced
+    assert (missing.name, missing.op, missing.reason) == ("r0/e", "odd", "no formula | for this")
+    assert missing.estimated_bytes == 0.5 * (24 + 24)
+    assert missing.estimated_macs == 0.5 * 6
+    cover = with_odd.coverage
+    assert cover.ops == 4 / 5
+    assert cover.bytes == 20 / (20 + 24)
+    assert cover.macs == 25 / (25 + 3)
+    assert not cover.complete
+
+
+def test_an_unpriced_matrix_product_counts_as_one() -> None:
+    """Its MACs follow from the sizes of three matrices: sqrt(mk * kn * mn) = mkn."""
+    a, b, c = TensorSpec((5, 7)), TensorSpec((7, 3)), TensorSpec((5, 3))
+    (missing,) = price([OpSite("x", "odd.mm", (a, b), (c,))]).unpriced
+    assert missing.estimated_macs == pytest.approx(5 * 7 * 3)
+
+
+def test_full_coverage_is_exactly_one() -> None:
+    cover = report().coverage
+    assert (cover.ops, cover.macs, cover.bytes, cover.unpriced) == (1, 1, 1, ())
+    assert cover.complete
+
+
+def test_an_empty_step_costs_nothing() -> None:
+    step = price([])
+    assert (step.energy_j, step.by_phase(), step.coverage.ops) == (0, {}, 1)
+    assert CostReport("fixed", step, step).saving.energy is None
+
+
+def test_coverage_is_that_of_both_steps() -> None:
+    whole = CostReport("fixed", price(SITES), price([op("z", "odd")]))
+    assert whole.coverage.ops == 4 / 5
+    assert whole.baseline.coverage.ops == 1
+
+
+def test_saving() -> None:
+    saving = report().saving
+    assert saving.energy == pytest.approx(0.9)
+    assert saving.time == pytest.approx(0.9)
+    assert saving.macs == pytest.approx(0.9)
+    assert saving.dram == pytest.approx(0.9)
+    none = report(with_transformed=False).saving
+    assert (none.energy, none.time, none.macs, none.dram) == (None, None, None, None)
+
+
+def test_a_whole_run() -> None:
+    run = report().for_run(steps=7200)
+    assert run.baseline.energy_j == 36000
+    assert run.baseline.energy_kj == 36
+    assert run.baseline.energy_kwh == 0.01
+    assert run.baseline.hours == 2.5
+    assert run.baseline.average_power_w == 4
+    assert run.transformed is not None
+    assert run.transformed.energy_j == 3600
+    assert report(with_transformed=False).for_run(1).transformed is None
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "10", None])
+def test_steps_must_be_a_positive_whole_number(steps: object) -> None:
+    with pytest.raises(InputError, match="steps"):
+        report().for_run(steps)  # type: ignore[arg-type]
+
+
+def formats(full: CostReport) -> dict[str, str]:
+    return {"table": full.table(), "json": full.to_json(), "csv": full.to_csv(), "md": full.to_markdown()}
+
+
+@pytest.mark.parametrize("kind", ["table", "json", "csv", "md"])
+@pytest.mark.parametrize("with_transformed", [True, False])
+def test_every_format_states_basis_board_assumptions_and_what_is_missing(kind: str, with_transformed: bool) -> None:
+    text = formats(report(with_transformed=with_transformed, odd=True))[kind]
+    for needed in (BASIS, "cross-entropy", "assumed", "odd", "no formula"):
+        assert needed in text
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    for full in (report(), report(with_transformed=False), report(odd=True)):
+        text = full.to_json(tmp_path / "r.json")
+        assert CostReport.from_json(text) == full
+        assert CostReport.from_json(tmp_path / "r.json") == full
+        assert CostReport.from_json(str(tmp_path / "r.json")) == full
+    data = json.loads(text)
+    assert data["schema"] == "e2pass/cost-report/1"
+    assert data["baseline"]["totals"]["energy_j"] == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"schema": "e2pass/cost-report/9"}', '{"schema": "e2pass/cost-report/1"}']
+)
+def test_text_that_is_no_report_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="cost report"):
+        CostReport.from_json(text)
+
+
+def test_csv_lines_add_up(tmp_path: Path) -> None:
+    full = report(odd=True)
+    text = full.to_csv(tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_bytes().decode() == text
+    lines = list(csv.DictReader(io.StringIO(text)))
+    base = [line for line in lines if line["step"] == "baseline"]
+    assert [line["status"] for line in base] == ["priced"] * 3 + ["free", "unpriced"]
+    rows = [line for line in base if line["status"] == "priced"]
+    for column, total in (("energy_j", 5), ("time_s", 1.25), ("macs", 25), ("dram_bytes", 20), ("energy_dram_j", 2.5)):
+        assert math.fsum(float(line[column]) for line in rows) == total
+    assert {line["basis"] for line in lines} == {BASIS}
+    assert base[-1]["energy_j"] == ""  # not 0: it has no price
+
+
+def test_markdown_tables_are_rectangular() -> None:
+    text = report(odd=True).to_markdown()
+    for block in text.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in rows}) <= 1
+    assert "| energy | 5 J | 500 mJ | 90.0% |" in text
+    assert "no formula \\| for this" in text
+
+
+def test_the_rich_table_is_the_text_table() -> None:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(report())
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == report().table()
+    assert max(map(len, report().table(width=90).splitlines())) <= 90
+
+
+@pytest.mark.parametrize("method", ["to_json", "to_csv", "to_markdown"])
+def test_writing_is_all_or_nothing(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report"
+    target.write_text("before", encoding="utf-8")
+    with pytest.raises(InputError, match="nowhere"):
+        getattr(report(), method)(tmp_path / "nowhere" / "report")
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(InputError, match="No space"):
+            getattr(report(), method)(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert target.read_text(encoding="utf-8") == "before"
+    text = getattr(report(), method)(target)
+    assert target.read_bytes().decode() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_the_fpga_model_is_a_cost_model() -> None:
+    model: CostModel = FpgaCostModel("zedboard")
+    step = price_step([op("a", "aten.relu.default")], model)
+    assert step.dram == "ddr3"
+    assert step.dram_bytes == 48
+    full = CostReport(model.name, step, sources=model.sources())
+    assert "zedboard" in full.table()
+    assert "data sheet" in full.to_json()
