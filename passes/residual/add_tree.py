@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx
@@ -94,20 +95,20 @@ def trees(dag: ActivationDag, joins: dict[int, tuple[int, int]]) -> list[AddTree
     found: list[AddTree] = []
     for root in sorted(joins, reverse=True):
         if root not in absorbed:
-            tree = flatten(dag, joins, root, frozenset())
+            tree = flatten(dag, joins, root, joins)
             absorbed.update(tree.joins)
             found.append(tree)
     return found[::-1]
 
 
-def flatten(dag: ActivationDag, joins: dict[int, tuple[int, int]], root: int, atoms: frozenset[int]) -> AddTree:
-    """Return the tree under ``root``; additions in ``atoms`` are operands, not parts, of it."""
+def flatten(dag: ActivationDag, joins: dict[int, tuple[int, int]], root: int, within: Collection[int]) -> AddTree:
+    """Return the tree under ``root``; additions that are not in ``within`` are operands of it, not parts."""
     inner: list[int] = [root]
     operands = list(joins[root])
     position = 0
     while position < len(operands):
         operand = operands[position]
-        opens = operand in joins and operand not in atoms and len(operands) < MAX_OPERANDS
+        opens = operand in within and len(operands) < MAX_OPERANDS
         if opens and _is_plain_part(dag, operand):
             inner.append(operand)
             operands[position : position + 1] = joins[operand]

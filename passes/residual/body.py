@@ -137,16 +137,14 @@ def _useless(dag: ActivationDag, core: set[int]) -> set[int]:
 def _counters(dag: ActivationDag, core: set[int]) -> set[int]:
     """Return the nodes that count the batches which the body's batch norms have seen.
 
-    An exported graph updates ``num_batches_tracked`` by a node that nothing reads. The first update of a module's
-    counter belongs to the first call of its batch norm, and so on.
+    An exported graph updates ``num_batches_tracked`` by a node that nothing reads. Where a module runs more than once,
+    each update reads the one before, in other bodies; they are left outside.
     """
     found: set[int] = set()
     for n in core:
         if dag.kind[n] is not Kind.BATCH_NORM or dag.nodes[n].op != "call_function":
             continue
-        buffers = [p for p in dag.inputs[n] if dag.nodes[p].op == "get_attr"]
-        for owner in {dag.owner(p) for p in buffers} & dag.counters.keys():
-            call = sorted(dag.users[buffers[-1]]).index(n)
-            found.update(dag.counters[owner][call : call + 1])
+        owners = {dag.owner(p) for p in dag.inputs[n] if dag.nodes[p].op == "get_attr"}
+        found.update(counter for owner in owners for counter in dag.counters.get(owner, ()))
     found.update(p for n in tuple(found) for p in dag.inputs[n] if all(u in found for u in dag.users[p]))
     return found

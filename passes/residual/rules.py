@@ -7,7 +7,7 @@ block which is better left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from e2pass.passes.residual import operators, shapes, shortcut
@@ -51,6 +51,7 @@ class Candidate:
         refusal: Why it is no residual block, or ``""``.
         reservation: Why it should not be gated although it is one, or ``""``.
         possible: Whether a gate would be right if the user insisted.
+        merges_scales: Whether it joins a map with one that was enlarged to its size.
     """
 
     tree: AddTree
@@ -59,10 +60,16 @@ class Candidate:
     refusal: str
     reservation: str
     possible: bool
+    merges_scales: bool
 
 
-def judge(dag: ActivationDag, tree: AddTree) -> Candidate:
+def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = ()) -> Candidate:
     """Decide what a tree of additions is.
+
+    Args:
+        dag: The graph.
+        tree: The additions.
+        merges: Additions found so far that merge scales.
 
     Raises:
         NoBodyError: If no region could be left out.
@@ -71,10 +78,11 @@ def judge(dag: ActivationDag, tree: AddTree) -> Candidate:
     body = extract(dag, split.fork, split.shortcut, tree.joins, split.arms)
     _check_memory(dag, tree, split, body)
     _check_scale(dag, tree, split)
-    refusal = next((why for rule in _REFUSALS if (why := rule(dag, tree, split, body))), "")
+    scales = _hourglass(dag, split, body, merges)
+    refusal = _no_layer(dag, body) or _all_linear(dag, body) or scales or _loose_skip(dag, tree, split, body)
     rows = _rows(dag, split)
-    reservation = rows or _skip_path(split) or _scaled(dag, tree)
-    return Candidate(tree, split, body, refusal, reservation, possible=not rows)
+    reservation = rows or _skip_path(dag, tree, split, body) or _scaled(dag, tree)
+    return Candidate(tree, split, body, refusal, reservation, possible=not rows, merges_scales=bool(scales))
 
 
 def split_operands(dag: ActivationDag, tree: AddTree) -> Split:
@@ -156,10 +164,7 @@ def _check_scale(dag: ActivationDag, tree: AddTree, split: Split) -> None:
             raise NoBodyError(f"the addition multiplies its skip path by {operators.scale_of(node)}")
 
 
-Rule = Callable[[ActivationDag, AddTree, Split, Body], str]
-
-
-def _no_layer(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
+def _no_layer(dag: ActivationDag, body: Body) -> str:
     if any(dag.is_contraction(n) for n in body.nodes):
         return ""
     if any(dag.weighted[n] for n in body.nodes if dag.activation[n]):
@@ -167,19 +172,24 @@ def _no_layer(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> st
     return "the body holds no weights: it is arithmetic, not a layer"
 
 
-def _all_linear(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
+def _all_linear(dag: ActivationDag, body: Body) -> str:
     bent = (n for n in body.nodes if dag.activation[n] and dag.live[n] and not shortcut.is_linear(dag, n))
     if any(dag.kind[n] is not Kind.MAX_POOL for n in bent):
         return ""
     return "the body is linear: together with the skip path it is one layer"
 
 
-def _hourglass(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
+def _hourglass(dag: ActivationDag, split: Split, body: Body, merges: Collection[int]) -> str:
+    """Refuse bodies without a path at constant or shrinking size.
+
+    A path does not count if it uses the skip of an inner merge of scales: U-Nets are nested that way.
+    """
     if split.path.enlarges:
         return "the skip path enlarges its feature map: a merge of scales (U-Net, feature pyramid)"
     clear = {split.fork, *(p for p in body.side_inputs if p > split.fork and dag.activation[p])}
     for n in body.nodes:
-        if dag.activation[n] and not clear.isdisjoint(dag.before[n]) and not shortcut.enlarges(dag, n):
+        blocked = n in merges or not dag.activation[n] or clear.isdisjoint(dag.before[n])
+        if not blocked and not shortcut.enlarges(dag, n):
             clear.add(n)
     if any(arm in clear for arm in split.arms):
         return ""
@@ -190,7 +200,7 @@ def _loose_skip(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> 
     """A skip path without weights, or one that is not linear, proves little: demand that nothing else branches off."""
     if split.kind == IDENTITY or (split.kind == PROJECTION and split.path.contractions > 0):
         return ""
-    if not shortcut.is_closed(dag, split.fork, frozenset({*body.nodes, *split.path.nodes, *tree.joins})):
+    if not _is_closed(dag, tree, split, body):
         return f"other paths leave between {dag.name(split.fork)} and the sum: one of several merges, not a skip path"
     layers = sum(dag.is_contraction(n) for n in body.nodes)
     if split.path.contractions >= layers:
@@ -198,7 +208,8 @@ def _loose_skip(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> 
     return ""
 
 
-_REFUSALS: tuple[Rule, ...] = (_no_layer, _all_linear, _hourglass, _loose_skip)
+def _is_closed(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> bool:
+    return shortcut.is_closed(dag, split.fork, frozenset({*body.nodes, *split.path.nodes, *tree.joins}))
 
 
 def _rows(dag: ActivationDag, split: Split) -> str:
@@ -209,9 +220,14 @@ def _rows(dag: ActivationDag, split: Split) -> str:
     return f"the rows of its input {shown} are not the samples of the batch, so that no sample can skip it"
 
 
-def _skip_path(split: Split) -> str:
+def _skip_path(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
     if split.kind == NONLINEAR:
         return "its skip path is not linear: without the body it would be another layer, not a skip"
+    pools = any(dag.kind[n] is Kind.MAX_POOL for n in split.path.nodes)
+    if pools and not _is_closed(dag, tree, split, body):
+        return (
+            "its skip path holds a max pool and other paths leave its fork: it may be one of several merges of a cell"
+        )
     return ""
 
 

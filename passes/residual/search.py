@@ -60,6 +60,7 @@ class _Survey:
     joins: dict[int, tuple[int, int]]
     candidates: list[Candidate] = field(default_factory=list)
     rejected: dict[int, str] = field(default_factory=dict)
+    merges: set[int] = field(default_factory=set)
 
     def examine(self, tree: AddTree) -> bool:
         """Judge a tree, or its parts where it is no block as a whole; return whether it is one as a whole."""
@@ -68,9 +69,10 @@ class _Survey:
             self.candidates.append(outcome)
             return True
         parts = [operand for operand in self.joins[tree.root] if operand in tree.joins]
-        blocks = [p for p in parts if self.examine(add_tree.flatten(self.dag, self.joins, p, frozenset()))]
+        blocks = [p for p in parts if self.examine(add_tree.flatten(self.dag, self.joins, p, tree.joins))]
         if blocks:
-            outcome = self._judge(add_tree.flatten(self.dag, self.joins, tree.root, frozenset(blocks)))
+            rest = frozenset(tree.joins).difference(blocks)
+            outcome = self._judge(add_tree.flatten(self.dag, self.joins, tree.root, rest))
         if isinstance(outcome, Candidate):
             self.candidates.append(outcome)
             return not outcome.refusal
@@ -79,9 +81,12 @@ class _Survey:
 
     def _judge(self, tree: AddTree) -> Candidate | str:
         try:
-            return rules.judge(self.dag, tree)
+            candidate = rules.judge(self.dag, tree, self.merges)
         except NoBodyError as error:
             return str(error)
+        if candidate.merges_scales:
+            self.merges.add(tree.root)
+        return candidate
 
 
 def _survey(dag: ActivationDag) -> _Survey:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import Any
 
 import pytest
@@ -17,53 +17,50 @@ IMAGE = torch.randn(2, 4, 8, 8)
 TOKENS = torch.randn(2, 5, 8)
 VECTOR = torch.randn(2, 8)
 
-Case = tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]
 
-
-def _drop_path(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _drop_path(m: Any, x: torch.Tensor) -> Any:
     out = m.f(x)
     return x + out.div(0.8) * out.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.8)
 
 
-def _squeeze_excite(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _squeeze_excite(m: Any, x: torch.Tensor) -> Any:
     out = m.f(x)
     return x + out * torch.sigmoid(m.up(F.relu(m.down(out.mean((2, 3), keepdim=True)))))
 
 
-def _attention(m: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _attention(m: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
     q, k, v = m.qkv(m.norm(x)).chunk(3, dim=-1)
     scores = q @ k.transpose(-2, -1)
     scores = scores if mask is None else scores + mask
-    out: torch.Tensor = m.out(scores.softmax(-1) @ v)
-    return out
+    return m.out(scores.softmax(-1) @ v)
 
 
-def _transformer(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _transformer(m: Any, x: torch.Tensor) -> Any:
     x = x + _attention(m, x)
     return x + m.mlp(m.norm2(x))
 
 
-def _parallel(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _parallel(m: Any, x: torch.Tensor) -> Any:
     h = m.norm(x)
     return m.out(F.gelu(m.qkv(h))) + m.mlp(h) + x
 
 
-def _preactivation(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _preactivation(m: Any, x: torch.Tensor) -> Any:
     h = F.relu(m.norm(x))
     return m.skip(h) + m.f(h)
 
 
-def _ghost(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _ghost(m: Any, x: torch.Tensor) -> Any:
     h = m.stem(x)
     return m.pw(F.relu(m.dw(h))) + m.g(F.relu(m.f(h)))
 
 
-def _dead(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _dead(m: Any, x: torch.Tensor) -> Any:
     pooled, _ = F.max_pool2d(m.f(x), 3, 1, 1, return_indices=True)
     return x + torch.sigmoid(pooled)
 
 
-TRANSFORMER = {"qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}
+TRANSFORMER: dict[str, nn.Module] = {"qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}
 
 POSITIVE: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], list[tuple[str, str, str]]]] = {
     # model, inputs, and for each block its name, its kind and the name of its fork
@@ -159,6 +156,15 @@ NOT_GATED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str, str]] = {
         "nonlinear",
         "skip path is not linear",
     ),
+    "pooled skip path in a cell": (
+        Fn(
+            lambda m, x: (lambda h: torch.cat((m.skip(F.max_pool2d(h, 3, 1, 1)) + m.f(h), m.g(h)), 1))(m.stem(x)),
+            **{"stem": conv(4), "f": body(4), "g": conv(4), "skip": conv(4, 4, 1)},
+        ),
+        (IMAGE,),
+        "projection",
+        "one of several merges of a cell",
+    ),
     "rows that are not samples": (
         Fn(lambda m, x: (lambda h: h + m.f(h))(x.reshape(-1, 8)), f=mlp(8)),
         (TOKENS,),
@@ -179,31 +185,30 @@ def test_is_a_residual_block_that_is_left_alone(case: str) -> None:
     model, inputs, kind, reason = NOT_GATED[case]
     (block,) = search(traced(model, *inputs)).blocks
     assert (block.kind, block.gated) == (kind, False)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(block.reason)
+    assert re.search(reason, block.reason)
 
 
-def _linknet(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _linknet(m: Any, x: torch.Tensor) -> Any:
     return x + F.interpolate(m.f(F.max_pool2d(x, 2)), scale_factor=2)
 
 
-def _pyramid(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _pyramid(m: Any, x: torch.Tensor) -> Any:
     fine = m.lateral(x)
     return fine + F.interpolate(F.relu(m.f(F.relu(m.down(x)))), scale_factor=2)
 
 
-def _gelu_tanh(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _gelu_tanh(m: Any, x: torch.Tensor) -> Any:
     x = m.f(x)
     return 0.5 * x * (1.0 + torch.tanh(0.79 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
-def _rotary(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _rotary(m: Any, x: torch.Tensor) -> Any:
     q = m.f(x)
     turned = torch.cat((-q[..., 4:], q[..., :4]), dim=-1)
     return q * m.cos + turned * m.sin
 
 
-def _dense(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _dense(m: Any, x: torch.Tensor) -> Any:
     h = m.f(x)
     return torch.cat((x + F.relu(h), h), 1)
 
@@ -213,17 +218,17 @@ def _state(m: Any, x: torch.Tensor) -> Any:
     return x + m.g(h), h
 
 
-def _one_of_many(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _one_of_many(m: Any, x: torch.Tensor) -> Any:
     h = m.stem(x)
     return torch.cat((F.avg_pool2d(h, 3, 1, 1) + m.f(h), m.g(h)), 1)
 
 
-def _fuse(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _fuse(m: Any, x: torch.Tensor) -> Any:
     a, b = F.relu(m.a(F.relu(x))), F.relu(m.b(F.relu(x)))
     return m.a2(a) + m.b2(b)
 
 
-def _response_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
+def _response_norm(m: Any, x: torch.Tensor) -> Any:
     energy = x.norm(dim=1, keepdim=True)
     return m.gamma * (x * energy / (energy.mean(-1, keepdim=True) + 1e-6)) + m.beta + x
 
@@ -233,6 +238,11 @@ REJECTED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]] = {
     "chain": (Fn(lambda m, x: m.f(x), f=body(4)), (IMAGE,), ""),
     "added number": (Fn(lambda m, x: m.f(x) + 1e-5, f=body(4)), (IMAGE,), ""),
     "scale merge with identity": (Fn(_linknet, f=body(4)), (IMAGE,), "enlarging a smaller map"),
+    "nested scale merges, the outer one at full size": (
+        Fn(lambda m, x: x + m.up(_linknet(m, m.down(x))), f=body(4), down=body(4), up=conv(4)),
+        (IMAGE,),
+        "enlarging a smaller map",
+    ),
     "scale merge with lateral convolution": (
         Fn(_pyramid, lateral=conv(4, 4, 1), f=conv(4), down=conv(4, stride=2)),
         (IMAGE,),
@@ -359,5 +369,4 @@ def test_is_no_residual_block(case: str) -> None:
     if not reason:
         assert found.rejected == []
         return
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(" | ".join(r.reason for r in found.rejected))
+    assert any(re.search(reason, r.reason) for r in found.rejected), found.rejected
