@@ -209,7 +209,7 @@ def _loose_skip(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> 
 
 
 def _is_closed(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> bool:
-    return shortcut.is_closed(dag, split.fork, frozenset({*body.nodes, *split.path.nodes, *tree.joins}))
+    return shortcut.is_closed(dag, split.fork, frozenset({*body.nodes, *split.path.nodes, *tree.joins}), tree.root)
 
 
 def _rows(dag: ActivationDag, split: Split) -> str:

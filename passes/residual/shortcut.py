@@ -121,11 +121,7 @@ def strip(dag: ActivationDag, operand: int) -> int:
     return operand
 
 
-def is_closed(dag: ActivationDag, fork: int, inside: frozenset[int]) -> bool:
-    """Whether everything that reads the fork, or a value of ``inside``, is in ``inside``.
-
-    ``inside`` holds body, shortcut and additions; the last addition may be read from outside.
-    """
-    last = max(inside)
-    region = [n for n in (fork, *inside) if n != last]
+def is_closed(dag: ActivationDag, fork: int, inside: frozenset[int], output: int) -> bool:
+    """Whether everything that reads the fork, or a value of ``inside`` other than ``output``, is in ``inside``."""
+    region = [n for n in (fork, *inside) if n != output]
     return all(u in inside for n in region for u in dag.live_users(n) if dag.activation[u])
