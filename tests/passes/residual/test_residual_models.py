@@ -47,7 +47,6 @@ CNNS: list[tuple[str, str, str, str, int]] = [
     ("pyramidnet_cifar", "pyramidnet110_a48_cifar10", "PyrUnit", "", 32),
     ("mobilenetv2", "mobilenetv2_wd4", "LinearBottleneck", "residual", 224),
     ("mnasnet", "mnasnet_small", "DwsExpSEResUnit", "residual", 224),
-    ("efficientnet", "efficientnet_b0", "EffiInvResUnit", "residual", 224),
     ("shufflenet", "shufflenet_g1_wd4", "ShuffleUnit", "!downsample", 224),
     ("ghostnet", "ghostnet", "GhostUnit", "!resize_identity", 224),
     ("regnet", "regnetx002", "RegNetUnit", "", 64),
