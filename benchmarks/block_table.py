@@ -16,6 +16,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,10 +91,12 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
 
 
 def _general(reason: str) -> str:
-    """Drop what is particular to one addition: names in brackets, shapes, and what follows a colon."""
-    for mark in ("(", ":", ", each"):
-        reason = reason.partition(mark)[0]
-    return reason.strip()
+    """Drop what is particular to one addition: names of nodes and shapes."""
+    reason = re.sub(r" \([^()]*\)", "", reason)
+    reason = re.sub(r"(?<=different shapes), and", "", reason)
+    reason = re.sub(r"also goes to [\w.]+:", "also goes elsewhere:", reason)
+    reason = re.sub(r"(the operand|between|part at|in place on) [\w.]+(?=[ ,])", r"\1 a node", reason)
+    return reason.replace("the operand a node", "an operand")
 
 
 def pytorchcv_rows(only: list[str], done: dict[str, Row]) -> list[Row]:
