@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from e2pass import models as models
+    from e2pass.api import analyze as analyze
+    from e2pass.api import transform as transform
     from e2pass.config import PRESETS as PRESETS
     from e2pass.config import PSG as PSG
     from e2pass.config import SLU as SLU
@@ -30,6 +32,8 @@ _HOME = {
     "PSG": "e2pass.config",
     "SLU": "e2pass.config",
     "SMD": "e2pass.config",
+    "analyze": "e2pass.api",
+    "transform": "e2pass.api",
 }
 
 

@@ -7,16 +7,21 @@ select, sign, scale; each piece a node of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
 from e2pass.config import PSG
 from e2pass.cost import Phase, Technique
+from e2pass.diagnostics import Diagnostics
 from e2pass.lowering.joint import Joint
 from e2pass.lowering.products import Role, WeightGradient, layout_chain, weight_gradients
+from e2pass.parameters import parameter_names, region_parameters
+from e2pass.passes.base import Pass, PassResult
 from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
 from e2pass.passes.quantize import Codes
+from e2pass.program import Program
 
 aten = torch.ops.aten
 
@@ -37,14 +42,19 @@ class PredictSignsJoint:
         psg: Predictor widths, threshold and scale.
         shared: Weights used in several regions: their predicted and full gradients leave the region apart, are
             summed over the regions, and are selected and signed once outside.
+        full: Weights that are also used outside of products, and so keep full precision everywhere.
     """
 
     psg: PSG
     shared: frozenset[str] = frozenset()
     full: frozenset[str] = frozenset()
 
-    def __call__(self, joint: Joint) -> PsgResult:
-        """Rewrite ``joint`` in place."""
+    def __call__(self, joint: Joint, frozen: bool) -> None:
+        """Rewrite ``joint`` in place, unless it is the one of evaluation; ``notes["psg"]`` holds the result."""
+        if not frozen:
+            joint.notes["psg"] = self._rewrite(joint)
+
+    def _rewrite(self, joint: Joint) -> PsgResult:
         result = PsgResult()
         gradients = []
         for gradient in weight_gradients(joint):
@@ -73,6 +83,58 @@ class PredictSignsJoint:
         if gradient.target in self.full:
             return "another use of it is not a product, so all of it keeps full precision"
         return "" if gradient.products else "no product was found behind it"
+
+
+@dataclass(frozen=True)
+class PredictSigns(Pass):
+    """Options are those of ``e2pass.PSG``."""
+
+    x_bits: int = 4
+    gy_bits: int = 10
+    beta: float = 0.05
+    scale: Literal["mean", "unit"] = "mean"
+
+    name: ClassVar[str] = "predict-signs"
+    needs: ClassVar[frozenset[str]] = frozenset({"lowered", "quantized"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"signs"})
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite every lowered region's weight gradients, and arrange for those of regions lowered later."""
+        shared, full = _uses(program)
+        psg = PSG(x_bits=self.x_bits, gy_bits=self.gy_bits, beta=self.beta, scale=self.scale)
+        rewrite = PredictSignsJoint(psg, frozenset(shared), frozenset(full))
+        program.rewrites.append(rewrite)
+        program.shared = shared
+        diagnostics = Diagnostics()
+        for name, (_, joint) in program.lowered.items():
+            rewrite(joint, False)
+            result: PsgResult = joint.notes["psg"]
+            for target in result.predicted:
+                diagnostics.info("E2P410", target, "weight gradient replaced by a predicted sign")
+            for target, reason in result.left.items():
+                diagnostics.info("E2P411", target, f"keeps its full gradient: {reason}")
+        return PassResult(program, bool(program.lowered), diagnostics)
+
+
+def _uses(program: Program) -> tuple[dict[str, str], set[str]]:
+    """Weights that several regions use, by every name they go by, and weights used outside of products too."""
+    canonical = parameter_names(program.model)
+    products: dict[str, set[str]] = {}
+    others: set[str] = set()
+    lowered = {name: weight_gradients(before) for name, (before, _) in program.lowered.items()}
+    for name, gradients in lowered.items():
+        for gradient in gradients:
+            owner = canonical[gradient.target]
+            if gradient.products:
+                products.setdefault(owner, set()).add(name)
+            else:
+                others.add(owner)
+    for region in program.plans["train"].regions:
+        if region.name not in lowered:  # runs as it is, so its weights get plain gradients there
+            others |= {canonical[p] for p in region_parameters(region, program.model)}
+    shared = {alias: owner for alias, owner in canonical.items() if len(products.get(owner, ())) > 1}
+    full = {alias for alias, owner in canonical.items() if owner in others}
+    return {a: o for a, o in shared.items() if a not in full}, full
 
 
 def _set_gradients(

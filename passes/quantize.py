@@ -7,14 +7,18 @@ straight-through estimator needs no code of its own. Backward keeps the integer 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from e2pass.config import Bits
 from e2pass.cost import Technique
+from e2pass.diagnostics import Diagnostics
 from e2pass.lowering.joint import Joint
 from e2pass.lowering.products import Operand, Product, Role, find_products, weight_gradients
+from e2pass.passes.base import Pass, PassResult
 from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
+from e2pass.program import Program
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,52 @@ class QuantizeJoint:
 
     Attributes:
         bits: Operand widths.
-        frozen: Activations use the running scales of the owner (evaluation) instead of the batch's own.
     """
 
     bits: Bits
-    frozen: bool = False
 
-    def __call__(self, joint: Joint) -> list[str]:
-        """Rewrite ``joint`` in place; return the names of the products that stay in full precision."""
+    def __call__(self, joint: Joint, frozen: bool) -> None:
+        """Rewrite ``joint`` in place; ``notes["full_precision"]`` names the products that are left.
+
+        Args:
+            joint: Joint graph as lowered.
+            frozen: Activations use the running scales of the owner (evaluation) instead of the batch's own.
+        """
         gradients = {p for g in weight_gradients(joint) for p in _sources(g.products)}
-        rewriter = _Rewriter(joint, self.bits, self.frozen)
-        left = []
+        rewriter = _Rewriter(joint, self.bits, frozen)
+        left = joint.notes["full_precision"] = []
         for product in find_products(joint):
             if product.has_weight or product.node in gradients:
                 rewriter.rewrite(product)
             else:
                 left.append(product.node.name)
         rewriter.finish()
-        return left
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Options are those of ``e2pass.Bits``."""
+
+    x: int = 8
+    w: int = 8
+    grad: int = 16
+
+    name: ClassVar[str] = "quantize"
+    needs: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"quantized"})
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite every lowered region, and arrange for those lowered later."""
+        rewrite = QuantizeJoint(Bits(x=self.x, w=self.w, grad=self.grad))
+        program.rewrites.append(rewrite)
+        diagnostics = Diagnostics()
+        for name, (_, joint) in program.lowered.items():
+            rewrite(joint, False)
+            for product in joint.notes["full_precision"]:
+                diagnostics.info(
+                    "E2P400", f"{name}/{product}", "product of two activations, without a weight: stays in fp32"
+                )
+        return PassResult(program, bool(program.lowered), diagnostics)
 
 
 def _sources(products: tuple[fx.Node, ...]) -> list[fx.Node]:

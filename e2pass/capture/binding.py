@@ -142,8 +142,8 @@ class Binding:
             self._batch_checked[batch] = allows(batch)
         if not self._batch_checked[batch]:
             raise InputError(
-                f"the captured graph of {self._model_name} does not hold for a batch of {batch}: the model itself "
-                "branches on its batch size; capture it with an example of this size"
+                f"the captured graph of {self._model_name} does not hold for a batch of {batch}, because the model "
+                "treats other batch sizes differently; capture it with an example of this size"
             )
 
 

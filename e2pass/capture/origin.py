@@ -12,12 +12,15 @@ from types import FrameType
 import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_STDLIB = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def _is_user_file(path: str) -> bool:
-    return not path.startswith((_TORCH, _HERE, "<"))
+    if path.startswith((_TORCH, _HERE, "<")):
+        return False
+    return "site-packages" in path or not path.startswith(_STDLIB)
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

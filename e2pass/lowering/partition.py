@@ -41,7 +41,7 @@ class Halves:
     backward_outputs: list[tuple[str, Any]]
 
 
-_BACKWARD_KINDS = ("grad", "predicted", "counts")
+BACKWARD_KINDS = ("grad", "predicted", "counts")
 
 
 def partition(joint: Joint) -> Halves:
@@ -52,13 +52,13 @@ def partition(joint: Joint) -> Halves:
     """
     placeholders = joint.graph.find_nodes(op="placeholder")
     values = joint.output_nodes()
-    ahead = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] not in _BACKWARD_KINDS]
-    back = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] in _BACKWARD_KINDS]
-    forward_nodes = _ancestors([v for _, v in ahead])
+    ahead = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] not in BACKWARD_KINDS]
+    back = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] in BACKWARD_KINDS]
+    forward_nodes = ancestors([v for _, v in ahead])
     _claim_multi_output_results(joint.graph, forward_nodes)
     tangents = [(n, key) for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "tangent"]
     tangent_nodes = {n for n, _ in tangents}
-    backward_nodes = _ancestors([v for _, v in back], stop=forward_nodes | set(placeholders)) - set(placeholders)
+    backward_nodes = ancestors([v for _, v in back], stop=forward_nodes | set(placeholders)) - set(placeholders)
     used = {a for n in backward_nodes for a in n.all_input_nodes} | {v for _, v in back if isinstance(v, fx.Node)}
     saved = [n for n in joint.graph.nodes if n in used and n not in backward_nodes and n not in tangent_nodes]
     tensors = [n for n in saved if isinstance(n.meta["val"], torch.Tensor)]
@@ -85,7 +85,7 @@ def partition(joint: Joint) -> Halves:
     )
 
 
-def _ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Node]:
+def ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     stack = [v for v in values if isinstance(v, fx.Node)]
     while stack:

@@ -1,0 +1,66 @@
+"""Merging a block's body back into its shortcut: masked as the reference, gathered for real skipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def per_sample(mask: Tensor, like: Tensor) -> Tensor:
+    """View a (B,) mask so that it broadcasts over ``like`` of shape (B, ...)."""
+    return mask.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def merge_masked(shortcut: Tensor, body: Tensor, gate: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
+    """``shortcut + mask * body``: every sample's body is computed, closed ones are multiplied by zero."""
+    mask = gate[0]
+    return shortcut + per_sample(mask * scale if scale != 1.0 else mask, body) * body
+
+
+def merge_gathered(shortcut: Tensor, body: Tensor | None, mask: Tensor, index: Tensor | None) -> Tensor:
+    """Add the body's results for the open samples to the shortcut.
+
+    Args:
+        shortcut: (B, ...).
+        body: (n, ...) results of the open samples; None if no sample is open.
+        mask: (B,) decisions in {0, 1}; its gradient for an open sample is the inner product of the sample's body
+            with the gradient of the sum, for a closed one zero: its body is not known.
+        index: (n,) positions of the open samples; None if all are open.
+    """
+    if body is None:
+        return _Closed.apply(shortcut, mask)  # type: ignore[no-untyped-call, no-any-return]
+    if not mask.requires_grad:
+        return shortcut + body if index is None else shortcut.index_add(0, index, body)
+    return _Gathered.apply(shortcut, body, mask, index)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, body: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:
+        ctx.save_for_backward(body, index)
+        ctx.samples, ctx.dtype = mask.shape, mask.dtype
+        return shortcut + body if index is None else shortcut.index_add(0, index, body)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        body, index = ctx.saved_tensors
+        open_grad = grad if index is None else grad.index_select(0, index)
+        inner = (open_grad * body).flatten(1).sum(1).to(ctx.dtype)
+        mask_grad = inner if index is None else inner.new_zeros(ctx.samples).index_copy(0, index, inner)
+        return grad, open_grad, mask_grad, None
+
+
+class _Closed(torch.autograd.Function):
+    """A copy of the shortcut, so that an in-place consumer cannot reach the fork; the mask's gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask.shape, mask.dtype
+        return shortcut.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        shape, dtype = ctx.mask
+        return grad, grad.new_zeros(shape, dtype=dtype)

@@ -1,0 +1,265 @@
+"""The transformed model: an ``nn.Module`` over the original's parameters that executes a plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from e2pass.capture import Capture
+from e2pass.config import Config
+from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
+from e2pass.runtime.gates import SLUGates
+from e2pass.runtime.merge import merge_gathered, merge_masked
+from e2pass.runtime.runner import LoweringCache, RegionRunner
+from e2pass.runtime.scales import RunningScales
+from e2pass.runtime.shared import SumThenSign
+
+
+class Executable:
+    """Everything immutable about a transformed model; copies of the model share it.
+
+    Attributes:
+        capture: Binds calls to graph inputs and rebuilds outputs.
+        plans: Execution order in each mode.
+        cache: Compiled regions; None where nothing is executed lowered.
+        shared: Weights whose gradients are summed over regions before they are signed: alias to owner's first name.
+        config: What was applied.
+        recipe: Transforms the original module again, ``recipe(source, *arguments) -> E2Module``: what pickle stores
+            in place of graphs.
+        arguments: The recipe's further arguments.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        plans: dict[Mode, Plan],
+        cache: LoweringCache | None,
+        shared: dict[str, str],
+        config: Config,
+        recipe: Callable[..., E2Module],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        self.capture, self.plans, self.cache = capture, plans, cache
+        self.shared, self.config = shared, config
+        self.recipe, self.arguments = recipe, arguments
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
+        return self
+
+
+class E2Module(nn.Module):
+    """A model that trains for less: called, trained and saved like the original.
+
+    Parameters, buffers and submodules are the original's, under their original names; what the transformation adds
+    lives in the children ``e2_slu`` (gates), ``e2_scales`` (quantizers' running scales) and ``e2_counts``.
+    """
+
+    def __init__(
+        self, source: nn.Module, executable: Executable, slu: SLUGates | None, scales: RunningScales | None
+    ) -> None:
+        super().__init__()
+        self._adopt(source)
+        self.training = source.training
+        self._executable = executable
+        self.e2_slu = slu
+        self.e2_scales = scales
+        self.e2_counts = SelectionCounts()
+        for name, constant in executable.capture.constants.items():
+            self.register_buffer(name, constant, persistent=False)
+        self._bind()
+
+    def _adopt(self, source: nn.Module) -> None:
+        """Take the original's registries as they are: names, order and aliases stay, and so does all sharing."""
+        object.__setattr__(self, "_source", source)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[registry] = dict(source.__dict__[registry])
+        self.__dict__["_non_persistent_buffers_set"] = set(source._non_persistent_buffers_set)
+
+    def _bind(self) -> None:
+        runners: dict[Mode, dict[str, RegionRunner]] = {}
+        for mode, plan in self._executable.plans.items():
+            cache = self._executable.cache
+            runners[mode] = {r.name: RegionRunner(r, self, cache) for r in plan.regions}
+        self._runners = runners
+
+    def source(self) -> nn.Module:
+        """The original module, whose parameters, buffers and mode these are."""
+        source: nn.Module = self._source  # type: ignore[assignment]
+        for registry in ("_modules", "_parameters", "_buffers"):
+            source.__dict__[registry].update(
+                {k: self.__dict__[registry][k] for k in source.__dict__[registry]}
+            )  # what a caller assigned at the top level since
+        source.training = self.training
+        return source
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; arguments and result are the original's."""
+        return self.execute(args, kwargs, masked=False)
+
+    def execute(self, args: Sequence[Any], kwargs: dict[str, Any], *, masked: bool) -> Any:
+        """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero."""
+        executable = self._executable
+        values: dict[str, Any] = dict(
+            zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True)
+        )
+        run = _Run(self, values, masked)
+        if self.e2_slu is not None:
+            self.e2_slu.begin()
+        for step in self._plan.steps:
+            run.step(step)
+            for name in step.release:
+                values.pop(name, None)
+        if self.e2_slu is not None:
+            self.e2_slu.settle()
+        output = tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, self._plan.output)
+        return executable.capture.rebuild(output, self.training)
+
+    @property
+    def _plan(self) -> Plan:
+        return self._executable.plans["train" if self.training else "eval"]
+
+    def _shared_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        psg = self._executable.config.psg
+        if psg is None or not self.training or not torch.is_grad_enabled():
+            return {}
+        made: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in set(self._executable.shared.values()):
+            weight = self.get_parameter(name)
+            if weight.requires_grad:
+                made[name] = SumThenSign.apply(weight, name, psg, self.e2_counts.add)  # type: ignore[no-untyped-call]
+        return {alias: made[name] for alias, name in self._executable.shared.items() if name in made}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> E2Module:
+        twin = E2Module.__new__(E2Module)
+        memo[id(self)] = twin
+        for key, value in self.__dict__.items():
+            twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        object.__setattr__(twin, "_source", copy.deepcopy(self.source(), memo))
+        for registry in ("_modules", "_parameters", "_buffers"):
+            twin.__dict__[registry] = {k: copy.deepcopy(v, memo) for k, v in self.__dict__[registry].items()}
+        twin._bind()
+        return twin
+
+    def neutral_copy(self) -> E2Module:
+        """A copy that runs every block in full precision: what must equal the original."""
+        twin = copy.deepcopy(self)
+        executable = self._executable
+        twin._executable = Executable(
+            executable.capture,
+            executable.plans,
+            None,
+            {},
+            executable.config.model_copy(update={"psg": None, "bits": None}),
+            executable.recipe,
+            executable.arguments,
+        )
+        if twin.e2_slu is not None:
+            twin.e2_slu.kind = "open"
+        twin._bind()
+        return twin
+
+    def __reduce__(self) -> Any:
+        executable = self._executable
+        own = {k: v for k, v in self._modules.items() if k.startswith("e2_")}
+        state = {"training": self.training, "own": own}
+        return executable.recipe, (self.source(), *executable.arguments), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._modules.update(state["own"])
+        self.train(state["training"])
+
+
+class SelectionCounts(nn.Module):
+    """How many weight gradients were predicted, and how many of these with the right sign, summed over steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, counts: Tensor) -> None:
+        """Add ``(predicted, predicted rightly, all)`` of one step; called in backward."""
+        held = self.counts.get(name)
+        self.counts[name] = counts.detach().clone() if held is None else held.add_(counts.detach())
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Part of the state dict."""
+        return dict(self.counts)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore from the state dict."""
+        self.counts = {k: v.clone() for k, v in state.items()}
+
+
+class _Run:
+    """One forward pass."""
+
+    def __init__(self, module: E2Module, values: dict[str, Any], masked: bool) -> None:
+        self.module, self.values, self.masked = module, values, masked
+        self.overrides = module._shared_weights()
+        self.runners = module._runners["train" if module.training else "eval"]
+
+    def step(self, step: RunRegion | Decide | Skip) -> None:
+        values = self.values
+        if isinstance(step, RunRegion):
+            inputs = [values[n] for n in step.region.inputs]
+            results = self._region(step.region, inputs, None)
+            values.update(zip(step.region.outputs, results, strict=True))
+        elif isinstance(step, Decide):
+            previous = values[step.previous] if step.previous is not None else None
+            values[step.out] = self.module.e2_slu(step.index, values[step.fork], previous)  # type: ignore[union-attr]
+        else:
+            values[step.out] = self._skip(step)
+
+    def _region(self, region: Region, inputs: list[Tensor], whole: int | None) -> tuple[Tensor, ...]:
+        batch = _batch(region, inputs)
+        share = 1.0 if whole is None else batch / whole
+        module = self.module
+        on_scales: Callable[..., None] = module.e2_scales.update if module.e2_scales is not None else _ignore
+        return self.runners[region.name](
+            inputs, batch, share, self.overrides, module.e2_counts.add, on_scales
+        )
+
+    def _skip(self, step: Skip) -> Tensor:
+        values, slu = self.values, self.module.e2_slu
+        assert slu is not None
+        inputs = [values[n] for n in step.body.inputs]
+        shortcut, gate = values[step.shortcut], values[step.gate]
+        if self.masked:
+            (body,) = self._region(step.body, inputs, None)
+            return merge_masked(shortcut, body, gate, slu.survival)
+        mask: Tensor = gate[0]
+        index = mask.detach().nonzero().squeeze(1)
+        if len(index) == len(mask):
+            (body,) = self._region(step.body, inputs, None)
+            return merge_gathered(shortcut, body * slu.survival if slu.survival != 1.0 else body, mask, None)
+        if len(index) == 0:
+            return merge_gathered(shortcut, None, mask, None)
+        chosen = [_rows(t, index, k) for t, k in zip(inputs, step.body.rows, strict=True)]
+        (body,) = self._region(step.body, chosen, len(mask))
+        return merge_gathered(shortcut, body, mask, index)
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody keeps scales."""
+
+
+def _batch(region: Region, inputs: Sequence[Tensor]) -> int:
+    for tensor, k in zip(inputs, region.rows, strict=True):
+        if k:
+            return tensor.shape[0] // k
+    return 1
+
+
+def _rows(tensor: Tensor, index: Tensor, per_sample: int) -> Tensor:
+    """The rows of the chosen samples; all of them where the tensor does not grow with the batch."""
+    if per_sample == 0:
+        return tensor
+    if per_sample == 1:
+        return tensor.index_select(0, index)
+    rows = tensor.reshape(-1, per_sample, *tensor.shape[1:]).index_select(0, index)
+    return rows.reshape(-1, *tensor.shape[1:])

@@ -1,0 +1,243 @@
+"""Runs one region of an owner: as plain autograd, or lowered and rewritten, whichever the program asks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from e2pass.errors import LoweringError
+from e2pass.lowering import ValueSpec, lower
+from e2pass.lowering.joint import Joint
+from e2pass.plan import Region
+from e2pass.runtime.region import CompiledRegion, CountSink
+
+Lookup = Callable[[str], Tensor]
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class LoweringCache:
+    """Compiled regions of one plan, shared by all copies of a model and dropped when it is pickled.
+
+    A lowered graph bakes in the mode, which tensors want gradients, dtypes, devices and scalar settings of modules;
+    the key holds all of them. The batch size is symbolic; the guards recorded while tracing are checked here, and a
+    batch size that violates one gets a graph of its own.
+    """
+
+    def __init__(self, rewrites: Sequence[Callable[[Joint, bool], None]]) -> None:
+        self.rewrites = tuple(rewrites)
+        self.entries: dict[tuple[Any, ...], list[CompiledRegion]] = {}
+        self.failed: dict[str, str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoweringCache:
+        return self
+
+    def find(self, key: tuple[Any, ...], batch: int, make: Callable[[], Joint], frozen: bool) -> CompiledRegion:
+        """The compiled region for ``key`` that accepts ``batch``, lowered now if there is none."""
+        compiled = self.entries.setdefault(key, [])
+        for candidate in compiled:
+            if candidate.joint.accepts(batch):
+                return candidate
+        joint = make()
+        for rewrite in self.rewrites:
+            rewrite(joint, frozen)
+        compiled.append(CompiledRegion(joint))
+        return compiled[-1]
+
+
+def bind_module(graph: fx.Graph, owner: nn.Module) -> fx.GraphModule:
+    """A graph over the owner's own modules: their dicts are shared, so whatever is assigned later is seen."""
+    shell = fx.GraphModule(owner, graph)
+    for registry in ("_modules", "_parameters", "_buffers"):
+        shell.__dict__[registry] = owner.__dict__[registry]
+    return shell
+
+
+class RegionRunner:
+    """One region bound to one owner.
+
+    Attributes:
+        region: What to run.
+        owner: Module whose parameters and buffers it uses.
+        cache: Compiled forms; None runs the region as plain autograd.
+    """
+
+    def __init__(self, region: Region, owner: nn.Module, cache: LoweringCache | None) -> None:
+        self.region, self.owner, self.cache = region, owner, cache
+        self.eager = bind_module(region.graph, owner)
+        self.frozen = self._with_frozen_norms()
+        modules = {n.target: owner.get_submodule(n.target) for n in region.graph.find_nodes(op="call_module")}
+        self.modules = [m for root in modules.values() for m in root.modules()]
+        self.norms = [m for m in self.modules if isinstance(m, _NORMS)]
+        self.statistics = [*self._module_statistics(modules), *self._functional_statistics()]
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        batch: int,
+        share: float,
+        overrides: dict[str, tuple[Tensor, Tensor]],
+        on_counts: CountSink,
+        on_scales: Callable[[str, Sequence[str], Sequence[Tensor]], None],
+    ) -> tuple[Tensor, ...]:
+        """Run on ``batch`` samples.
+
+        Args:
+            inputs: One per ``region.inputs``.
+            batch: Samples in ``inputs``.
+            share: ``batch`` over the samples of the whole batch; batch norms' momentum scales with it.
+            overrides: For weights used in several regions, the aliases whose gradients are the full and the
+                predicted one.
+            on_counts: Receives a weight's selection counts in backward.
+            on_scales: Receives the scales of this execution's activation quantizers.
+        """
+        frozen = self.region.needs_two and batch < 2
+        graph = self.frozen if frozen and self.frozen is not None else self.eager
+        with self._norms_in_evaluation(frozen):
+            if self.cache is None or self.region.name in self.cache.failed:
+                return self._run_eager(graph, inputs, share)
+            try:
+                return self._run_lowered(self.cache, graph, inputs, batch, share, overrides, on_counts, on_scales)
+            except LoweringError as error:
+                self.cache.failed[self.region.name] = str(error)
+                return self._run_eager(graph, inputs, share)
+
+    @contextmanager
+    def _norms_in_evaluation(self, wanted: bool) -> Iterator[None]:
+        """One value a channel has no variance: such a batch norm uses running statistics and updates nothing."""
+        frozen = [m for m in self.norms if m.training] if wanted else []
+        for module in frozen:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in frozen:
+                module.training = True
+
+    def _with_frozen_norms(self) -> fx.GraphModule | None:
+        """The same for batch norms that are operators of the graph; None where it has none in training mode."""
+        if not self.region.needs_two or not _training_norms(self.region.graph):
+            return None
+        graph = copy.deepcopy(self.region.graph)
+        for node in _training_norms(graph):
+            node.args = (*node.args[:5], False, *node.args[6:])
+        for node in list(graph.nodes):
+            if node.target is torch.ops.aten.add_.Tensor and not node.users:
+                graph.erase_node(node)
+        return bind_module(graph, self.owner)
+
+    def _module_statistics(self, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+        for path, root in modules.items():
+            for name, module in root.named_modules(prefix=path):
+                if isinstance(module, _NORMS) and module.running_mean is not None:
+                    yield f"{name}.running_mean"
+                    yield f"{name}.running_var"
+
+    def _functional_statistics(self) -> Iterator[str]:
+        for node in _training_norms(self.region.graph):
+            for argument in node.args[3:5]:
+                if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                    yield str(argument.target)
+
+    def _run_eager(self, graph: fx.GraphModule, inputs: Sequence[Tensor], share: float) -> tuple[Tensor, ...]:
+        if share == 1.0 or not self.owner.training:
+            result: tuple[Tensor, ...] = graph(*inputs)
+            return result
+        tracked = [_fetch(self.owner, name) for name in self.statistics]
+        before = [t.clone() for t in tracked]
+        result = graph(*inputs)
+        with torch.no_grad():
+            for buffer, old in zip(tracked, before, strict=True):
+                buffer.copy_(old.lerp_(buffer, share))
+        return result
+
+    def _run_lowered(
+        self,
+        cache: LoweringCache,
+        graph: fx.GraphModule,
+        inputs: Sequence[Tensor],
+        batch: int,
+        share: float,
+        overrides: dict[str, tuple[Tensor, Tensor]],
+        on_counts: CountSink,
+        on_scales: Callable[[str, Sequence[str], Sequence[Tensor]], None],
+    ) -> tuple[Tensor, ...]:
+        training = self.owner.training
+        specs = self._specs(inputs, batch)
+        key = (self.region.name, graph is self.frozen, specs, self._baked(), torch.is_autocast_enabled("cpu"))
+        compiled = cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen=not training)
+        tensors = []
+        for kind, name in compiled.halves.forward_inputs:
+            if kind == "input":
+                tensors.append(inputs[name])
+            elif kind == "scale":
+                tensors.append(self._running_scale(name))
+            else:
+                tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
+        shadows = [overrides[name][1] for _, name in compiled.shadows]
+        values, side = compiled(tensors, shadows, on_counts)
+        with torch.no_grad():
+            scales = []
+            for (kind, name), value in zip(compiled.side_keys, side, strict=True):
+                if kind == "scale":
+                    scales.append(value)
+                else:
+                    _write(_fetch(self.owner, name), value, share)
+            if scales and training:
+                on_scales(self.region.name, compiled.joint.scales, scales)
+        return tuple(values)
+
+    def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
+        """The region's joint graph, before any rewrite."""
+        if any(not isinstance(node.meta.get("val"), Tensor) for node in self._boundary()):
+            raise LoweringError("a value that crosses the region's boundary is no tensor")
+        return lower(fx.GraphModule(self.owner, graph or self.region.graph), specs, batch)
+
+    def _boundary(self) -> Iterator[fx.Node]:
+        yield from self.region.graph.find_nodes(op="placeholder")
+        yield from self.region.graph.output_node().all_input_nodes
+
+    def _specs(self, inputs: Sequence[Tensor], batch: int) -> tuple[ValueSpec, ...]:
+        """The planned specs with the gradients this call wants; plain sizes where the call's shapes are others."""
+        specs = []
+        grad = torch.is_grad_enabled()
+        for tensor, planned in zip(inputs, self.region.specs, strict=True):
+            fits = tuple(tensor.shape) == planned.concrete(batch) and tensor.dtype == planned.dtype
+            shape = planned.shape if fits else tuple(tensor.shape)
+            wants = (tensor.requires_grad and grad) or (not grad and planned.requires_grad)
+            specs.append(ValueSpec(shape, tensor.dtype, wants and tensor.is_floating_point()))
+        return tuple(specs)
+
+    def _baked(self) -> tuple[Any, ...]:
+        settings = tuple((m.training, getattr(m, "momentum", None), getattr(m, "p", None)) for m in self.modules)
+        wants = tuple(p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None)
+        return settings, wants
+
+    def _running_scale(self, name: str) -> Tensor:
+        return self.owner.e2_scales.get(self.region.name, name)  # type: ignore[union-attr, no-any-return, operator]
+
+
+def _training_norms(graph: fx.Graph) -> list[fx.Node]:
+    norms = graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
+    return [n for n in norms if n.args[5]]
+
+
+def _fetch(owner: nn.Module, name: str) -> Tensor:
+    *path, leaf = name.split(".")
+    module = owner
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    found = module._parameters.get(leaf)
+    return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
+
+
+def _write(buffer: Tensor, value: Tensor, share: float) -> None:
+    """Store a buffer's new value; running statistics of a part of the batch count by their share."""
+    if share != 1.0 and buffer.is_floating_point():
+        buffer.lerp_(value, share)
+    else:
+        buffer.copy_(value)

@@ -1,0 +1,156 @@
+"""From joint graphs to the operations that a cost model prices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from e2pass.cost import OpSite, Phase, Technique, TensorSpec
+from e2pass.lowering.joint import Joint
+from e2pass.lowering.partition import BACKWARD_KINDS, ancestors
+from e2pass.lowering.products import gradient_dependent, weight_gradients
+from e2pass.training_graph import GraphNode
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a joint graph stands in the training step.
+
+    Attributes:
+        region: Its name.
+        paths: Module path of the user's model for each node of the forward graph it was traced from.
+        blocks: Residual block of each such node.
+        gate: Index of the gate that decides about it.
+        technique: Of the nodes that no rewrite inserted.
+        tag: Of the same.
+        phase: Overrides the phase of forward nodes (the loss).
+    """
+
+    region: str
+    paths: Mapping[str, str]
+    blocks: Mapping[str, str]
+    gate: int | None = None
+    technique: Technique = Technique.BASE
+    tag: str = ""
+    phase: Phase | None = None
+
+
+def joint_nodes(joint: Joint, place: Place, batch: int) -> list[GraphNode]:
+    """Every operation of a joint graph, at a batch size."""
+    return _Converter(joint, place, batch).run()
+
+
+class _Converter:
+    def __init__(self, joint: Joint, place: Place, batch: int) -> None:
+        self.joint, self.place, self.batch = joint, place, batch
+        self.backward = gradient_dependent(joint)
+        ahead = [
+            v for (k, _), v in zip(joint.outputs, joint.output_nodes(), strict=True) if k not in BACKWARD_KINDS
+        ]
+        self.forward = ancestors(ahead)
+        self.dw: dict[fx.Node, str] = {}
+        for gradient in weight_gradients(joint):
+            for node in gradient.products:
+                self.dw[_product(node)] = gradient.target
+        for (kind, key), value in zip(joint.outputs, joint.output_nodes(), strict=True):
+            if kind in ("predicted", "counts"):
+                self._claim(value, key)
+
+    def _claim(self, value: fx.Node, weight: str) -> None:
+        """A rewritten gradient: the products behind select are its weight's, full and predicted."""
+        stack, seen = [value], set()
+        while stack:
+            node = stack.pop()
+            if node in seen or node not in self.backward:
+                continue
+            seen.add(node)
+            if node.target in _PRODUCTS or node.target is aten.convolution_backward.default:
+                self.dw.setdefault(node, weight)
+                continue
+            stack.extend(node.all_input_nodes)
+
+    def run(self) -> list[GraphNode]:
+        return [self._node(n) for n in self.joint.graph.nodes if n.op == "call_function"]
+
+    def _node(self, node: fx.Node) -> GraphNode:
+        source = node.meta.get("e2_from", "")
+        place = self.place
+        technique = Technique(node.meta["e2_technique"]) if node.meta.get("e2_technique") else place.technique
+        site = OpSite(
+            name=f"{place.region}/{node.name}",
+            op=str(node.target),
+            args=tuple(self._value(a) for a in node.args),
+            kwargs={k: self._value(v) for k, v in node.kwargs.items() if isinstance(v, int | float | bool)},
+            outputs=tuple(self._outputs(node)),
+            region=place.region,
+            layer=place.paths.get(source, ""),
+            block=place.blocks.get(source),
+            phase=self._phase(node),
+            technique=technique,
+        )
+        return GraphNode(
+            site=site,
+            tag=node.meta.get("e2_tag") or place.tag,
+            gate=place.gate,
+            full_dw=self.dw.get(node, "") if node.meta.get("e2_full_dw") else "",
+            operands=tuple(f"{place.region}/{n.name}" for n in node.all_input_nodes if n.op == "call_function"),
+        )
+
+    def _phase(self, node: fx.Node) -> Phase:
+        if node.meta.get("e2_phase") is not None:
+            return Phase(node.meta["e2_phase"])
+        if node in self.forward:
+            return self.place.phase or Phase.FORWARD
+        if self.place.phase is not None:
+            return self.place.phase
+        if node in self.dw:
+            return Phase.DW
+        if node in self.backward and node.target in _PRODUCTS:
+            return Phase.DX
+        if node.target is aten.convolution_backward.default:
+            mask = node.args[-1]
+            return Phase.DX if mask[0] else Phase.DW if mask[1] else Phase.BACKWARD  # type: ignore[index]
+        return Phase.BACKWARD
+
+    def _outputs(self, node: fx.Node) -> Iterator[TensorSpec]:
+        value = node.meta.get("val")
+        if not isinstance(value, tuple | list):
+            if isinstance(value, Tensor):
+                yield self._spec(value, node.meta.get("e2_bits"))
+            return
+        widths = {u.args[1]: u.meta.get("e2_bits") for u in node.users if len(u.args) == 2}
+        for i, leaf in enumerate(value):
+            if isinstance(leaf, Tensor):
+                yield self._spec(leaf, widths.get(i))
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            held = value.meta.get("val")
+            if isinstance(held, Tensor):
+                return self._spec(held, value.meta.get("e2_bits"))
+            return self._size(held) if isinstance(held, torch.SymInt) else None
+        if isinstance(value, list | tuple):
+            return tuple(self._value(v) for v in value)
+        return value if isinstance(value, int | float | bool) or value is None else str(value)
+
+    def _spec(self, tensor: Tensor, bits: int | None) -> TensorSpec:
+        shape = tuple(self._size(s) for s in tensor.shape)
+        return TensorSpec(shape, bits if bits is not None else tensor.dtype.itemsize * 8)
+
+    def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        if self.joint.batch == self.batch or self.joint.symbol is None:
+            return int(size.node.hint)
+        return int(size.node.expr.subs(self.joint.symbol, self.batch))
+
+
+def _product(node: fx.Node) -> fx.Node:
+    return node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node  # type: ignore[return-value]

@@ -1,0 +1,186 @@
+"""What ``transform`` returns: the model, the loader, the graph, and everything one wants to know about them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e2pass.blocks import ResidualBlock
+from e2pass.diagnostics import Diagnostics
+from e2pass.errors import ConfigError, InputError
+from e2pass.program import Program
+from e2pass.report import CostReport
+from e2pass.runtime.gates import SLUGates
+from e2pass.runtime.module import E2Module
+from e2pass.training_graph import Rates, TrainingGraph
+from e2pass.training_step import TrainingStep, assumed_rates, build_graph
+from e2pass.verification import VerifyReport, verify
+
+
+class Transformed:
+    """A transformed model and its training step.
+
+    Attributes:
+        model: The module to train: called, trained and saved like the original.
+        loader: The loader with SMD, or None.
+        blocks: Every residual block found, gated or not, with the reason.
+        diagnostics: What was rewritten and what was not, each with a reason.
+    """
+
+    def __init__(self, model: E2Module, program: Program, step: TrainingStep) -> None:
+        self.model = model
+        self.loader = program.loader
+        self.blocks: list[ResidualBlock] = program.blocks["train"]
+        self.diagnostics: Diagnostics = program.diagnostics
+        self._program, self._step = program, step
+        self._graph: TrainingGraph | None = None
+
+    @property
+    def graph(self) -> TrainingGraph:
+        """The whole training step as one annotated graph; built on first use."""
+        if self._graph is None:
+            self._graph = build_graph(self._program)
+        return self._graph
+
+    @property
+    def _slu(self) -> SLUGates | None:
+        return self.model.e2_slu
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for any ``torch.optim`` optimizer.
+
+        Args:
+            lr: Learning rate of the model's own parameters.
+            weight_decay: Of its weights; norms, biases and gates have none.
+
+        Returns:
+            Groups ``weights`` (two dimensions or more), ``norms and biases`` and ``gates``.
+        """
+        if lr <= 0:
+            raise ConfigError(f"lr = {lr!r} is not allowed; a learning rate is positive")
+        gates = {id(p) for p in self._slu.parameters()} if self._slu is not None else set()
+        own = [p for p in self.model.parameters() if id(p) not in gates]
+        groups: list[dict[str, Any]] = [
+            {"name": "weights", "params": [p for p in own if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+            {"name": "norms and biases", "params": [p for p in own if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+        ]
+        if self._slu is not None:
+            groups.append({"name": "gates", "params": list(self._slu.parameters()), "lr": lr, "weight_decay": 0.0})
+        return [g for g in groups if g["params"]]
+
+    def report(self, rates: str = "assumed") -> CostReport:
+        """Modelled cost of one nominal step, before and after.
+
+        Args:
+            rates: ``assumed`` (the configured targets) or ``measured`` (what this run did so far).
+        """
+        if rates not in ("assumed", "measured"):
+            raise ConfigError(f"rates = {rates!r} is not allowed; choose 'assumed' or 'measured'")
+        chosen = assumed_rates(self._program) if rates == "assumed" else self._measured_rates()
+        return self._step.report(self._program, chosen)
+
+    def _measured_rates(self) -> Rates:
+        assumed = assumed_rates(self._program)
+        drop, skip, use = assumed.drop, dict(assumed.skip), {}
+        if self.loader is not None and hasattr(self.loader, "stats") and self.loader.stats()["nominal"]:
+            stats = self.loader.stats()
+            drop = stats["dropped"] / stats["nominal"]
+        if self._slu is not None and self._slu.kind in ("learned", "random"):
+            share = self._slu.skipped_share()
+            if share is None:
+                raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
+            skip = dict(enumerate(share.tolist()))
+        counts = self.model.e2_counts.counts
+        if self._program.config.psg is not None:
+            if not counts:
+                raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
+            use = {name: float(c[0] / c[2]) for name, c in counts.items()}
+        return Rates(drop, skip, use, assumed.default_use, "measured")
+
+    def stats(self) -> dict[str, Any]:
+        """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and ``psg`` (predictor use, sign agreement)."""
+        found: dict[str, Any] = {}
+        if self.loader is not None and hasattr(self.loader, "stats"):
+            found["smd"] = self.loader.stats()
+        if self._slu is not None:
+            found["slu"] = self._slu_stats(self._slu)
+        if self._program.config.psg is not None:
+            found["psg"] = {
+                name: {"use": float(c[0] / c[2]), "agreement": float(c[1] / c[0]) if c[0] else None}
+                for name, c in self.model.e2_counts.counts.items()
+            }
+        return found
+
+    def _slu_stats(self, slu: SLUGates) -> dict[str, Any]:
+        names = [b.name for b in self.blocks if b.gated]
+        train, evaluation = slu.skipped_share(), slu.skipped_share(evaluation=True)
+        return {
+            "target": slu.target,
+            "skip_ratio": slu.skip_ratio(),
+            "skip_ratio_eval": slu.skip_ratio(evaluation=True),
+            "price": float(slu.price),
+            "blocks": {
+                name: {
+                    "energy_share": float(slu.weight[i]),
+                    "skip_ratio": None if train is None else float(train[i]),
+                    "skip_ratio_eval": None if evaluation is None else float(evaluation[i]),
+                }
+                for i, name in enumerate(names)
+            },
+        }
+
+    def cost_term(self) -> Tensor:
+        """The differentiable compute term C of the last forward pass, for ``SLU(inject=False)``."""
+        if self._slu is None:
+            raise ConfigError("there are no gates, so there is no compute term; transform with slu=e2pass.SLU()")
+        return self._slu.cost_term()
+
+    @contextmanager
+    def _gates(self, kind: str) -> Iterator[None]:
+        slu = self._slu
+        if slu is None:
+            yield
+            return
+        before, slu.kind = slu.kind, kind
+        try:
+            yield
+        finally:
+            slu.kind = before
+
+    def verify(self) -> VerifyReport:
+        """Run the equality proofs on the example inputs; the model's state is the same afterwards."""
+        return verify(self.model, self._program)
+
+    def unwrap(self) -> nn.Module:
+        """A plain module of the original class with the trained weights."""
+        return copy.deepcopy(self.model.source())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: weights, gates, controller, scales, SMD position, random states."""
+        return {
+            "model": self.model.state_dict(),
+            "loader": self.loader.state_dict() if hasattr(self.loader, "state_dict") else None,
+            "random": {"torch": torch.get_rng_state(), "python": random.getstate()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            InputError: If ``state`` is not what ``state_dict`` returned.
+        """
+        missing = {"model", "loader", "random"} - set(state)
+        if missing:
+            raise InputError(f"the state has no {', '.join(sorted(missing))}; give what t.state_dict() returned")
+        self.model.load_state_dict(state["model"])
+        if state["loader"] is not None and hasattr(self.loader, "load_state_dict"):
+            self.loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["random"]["torch"])
+        version, internal, gauss = state["random"]["python"]
+        random.setstate((version, tuple(internal), gauss))

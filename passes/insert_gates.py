@@ -1,0 +1,133 @@
+"""SLU: a gate, a tagged body and a merge for every gated block; the graph stays flat and runs in masked form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from e2pass.blocks import ResidualBlock
+from e2pass.diagnostics import Diagnostics
+from e2pass.passes.base import Pass, PassResult
+
+from e2pass.program import Program
+from e2pass.runtime.gates import SLUGates
+from e2pass.runtime.merge import merge_masked
+
+GATES = "e2_slu"
+
+
+@dataclass(frozen=True)
+class InsertGates(Pass):
+    """Options are those of ``e2pass.SLU``."""
+
+    skip: float = 0.4
+    gate: Literal["learned", "open", "closed", "random"] = "learned"
+    hidden: int = 10
+    inject: bool = True
+    seed: int = 0
+
+    name: ClassVar[str] = "insert-gates"
+    needs: ClassVar[frozenset[str]] = frozenset({"captured", "blocks"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"gates"})
+
+    def run(self, program: Program) -> PassResult:
+        """Insert gate and merge nodes into every mode's graph and create the gates."""
+        gated = [i for i, block in enumerate(program.blocks["train"]) if block.gated]
+        if not gated:
+            return PassResult(program, False)
+        train = program.graphs["train"].graph
+        nodes = {n.name: n for n in train.nodes}
+        gated.sort(key=lambda i: nodes[program.blocks["train"][i].fork])
+        features = [_features(nodes, program.blocks["train"][i]) for i in gated]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            program.slu = SLUGates(features, self.hidden, self.gate, self.skip, self.inject, self.seed)
+        for mode, gm in program.unique_graphs():
+            renamed = _insert(gm, [program.blocks[mode][i] for i in gated], program.slu)
+            for block in program.blocks[mode]:
+                _rename(block, renamed)
+        diagnostics = Diagnostics()
+        diagnostics.info("E2P210", GATES, f"{len(gated)} {self.gate} gates, target skip ratio {self.skip:.0%}")
+        return PassResult(program, True, diagnostics)
+
+
+def _features(nodes: dict[str, fx.Node], block: ResidualBlock) -> tuple[int, int]:
+    return int(nodes[block.fork].meta["val"].shape[block.channel_dim]), block.channel_dim
+
+
+def _rename(block: ResidualBlock, renamed: dict[str, str]) -> None:
+    """Follow the joins that became merges."""
+    block.fork = renamed.get(block.fork, block.fork)
+    block.shortcut = renamed.get(block.shortcut, block.shortcut)
+    for name in ("nodes", "arms", "joins", "side_inputs"):
+        setattr(block, name, tuple(dict.fromkeys(renamed.get(n, n) for n in getattr(block, name))))
+
+
+def _insert(gm: fx.GraphModule, blocks: list[ResidualBlock], slu: SLUGates) -> dict[str, str]:
+    """Insert all gates; returns the merge that took the place of each addition."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    previous: fx.Node | None = None
+    for index, block in enumerate(blocks):
+        previous = _insert_one(gm.graph, nodes, block, index, previous)
+    renamed = {old: node.name for old, node in nodes.items() if old != node.name}
+    gm._modules = {**gm._modules, GATES: slu}  # the shell's own registry: the caller's module gains no child
+    gm.recompile()
+    return renamed
+
+
+def _insert_one(
+    graph: fx.Graph, nodes: dict[str, fx.Node], block: ResidualBlock, index: int, previous: fx.Node | None
+) -> fx.Node:
+    fork = nodes[block.fork]
+    shortcut = nodes[block.shortcut]
+    place: dict[str, Any] = {"e2_block": block.name, "e2_path": block.name}
+    # A gate needs its fork and the state of the gate before it.
+    anchor = fork if previous is None or previous < fork else previous
+    with graph.inserting_before(_behind(anchor)):
+        gate = graph.create_node("call_module", GATES, (index, fork, previous), {}, name=f"slu_gate_{index}")
+    batch = fork.meta["val"].new_empty(fork.meta["val"].shape[:1], dtype=torch.float32)
+    gate.meta = {**place, "val": (batch, batch, batch), "e2_tag": "slu.gate", "e2_technique": "slu"}
+    join = nodes[block.join]
+    with graph.inserting_before(join):
+        body = nodes[block.arms[0]]
+        for arm in block.arms[1:]:
+            total = graph.call_function(torch.add, (body, nodes[arm]))
+            total.meta = {**join.meta, "e2_tag": "slu.arms"}
+            body = total
+        merge = graph.create_node(
+            "call_function", merge_masked, (shortcut, body, gate), {}, name=f"slu_merge_{index}"
+        )
+    merge.meta = {**join.meta, **place, "e2_tag": "slu.merge", "e2_technique": "slu", "e2_index": index}
+    for name in block.nodes:
+        nodes[name].meta["e2_block"] = block.name
+        nodes[name].meta["e2_body"] = index
+    for arm_sum in _between(body, nodes, block):
+        arm_sum.meta["e2_body"] = index
+        arm_sum.meta["e2_block"] = block.name
+    join.replace_all_uses_with(merge)
+    for name in reversed(block.joins):
+        graph.erase_node(nodes[name])
+        nodes[name] = merge
+    return gate
+
+
+def _between(body: fx.Node, nodes: dict[str, fx.Node], block: ResidualBlock) -> list[fx.Node]:
+    """The additions made for several arms: part of the body, so that a closed gate skips them too."""
+    made = []
+    while body.name not in block.arms and len(made) < len(block.arms):
+        made.append(body)
+        body = body.args[0]  # type: ignore[assignment]
+    return made
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The first node behind ``node`` that is no placeholder."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+

@@ -1,0 +1,61 @@
+"""Lowers every region to its joint forward+backward graph, for the graph, the price and the rewrites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from e2pass.diagnostics import Diagnostics
+from e2pass.errors import LoweringError
+from e2pass.lowering.joint import Joint, lower
+from e2pass.passes.base import Pass, PassResult
+from e2pass.program import Program
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """No options."""
+
+    name: ClassVar[str] = "lower"
+    needs: ClassVar[frozenset[str]] = frozenset({"regions"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def run(self, program: Program) -> PassResult:
+        """Write ``program.lowered``: each training region's joint graph twice, one to keep and one to rewrite."""
+        diagnostics = Diagnostics()
+        batch = program.inputs.batch_size
+        mode = program.model.training
+        program.model.train()
+        try:
+            for region in program.plans["train"].regions:
+                try:
+                    joint = lower(fx.GraphModule(program.model, region.graph), region.specs, batch)
+                except LoweringError as error:
+                    diagnostics.warn(
+                        "E2P301", region.name, str(error), "it runs as plain PyTorch and has no price; see the coverage"
+                    )
+                    continue
+                program.lowered[region.name] = (joint, duplicate(joint))
+        finally:
+            program.model.train(mode)
+        return PassResult(program, bool(program.lowered), diagnostics)
+
+
+def duplicate(joint: Joint) -> Joint:
+    """A copy whose graph can be rewritten apart; fake values are shared."""
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(joint.graph, nodes)
+    graph.output(output)
+    for old, new in nodes.items():
+        new.meta = dict(old.meta)
+    return Joint(
+        fx.GraphModule(joint.graph_module, graph),
+        list(joint.inputs),
+        list(joint.outputs),
+        joint.batch,
+        joint.symbol,
+        joint.guards,
+    )
