@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -167,17 +168,8 @@ class RegionRunner:
         on_scales: Callable[[str, Sequence[str], Sequence[Tensor]], None],
     ) -> tuple[Tensor, ...]:
         training = self.owner.training
-        specs = self._specs(inputs, batch)
-        key = (self.region.name, graph is self.frozen, specs, self._baked(), torch.is_autocast_enabled("cpu"))
-        compiled = cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen=not training)
-        tensors = []
-        for kind, name in compiled.halves.forward_inputs:
-            if kind == "input":
-                tensors.append(inputs[name])
-            elif kind == "scale":
-                tensors.append(self._running_scale(name))
-            else:
-                tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
+        compiled = self._find(cache, graph, inputs, batch)
+        tensors = self.arguments(compiled, inputs, overrides)
         shadows = [overrides[name][1] for _, name in compiled.shadows]
         values, side = compiled(tensors, shadows, on_counts)
         with torch.no_grad():
@@ -190,6 +182,41 @@ class RegionRunner:
             if scales and training:
                 on_scales(self.region.name, compiled.joint.scales, scales)
         return tuple(values)
+
+    def prepared(self, inputs: Sequence[Tensor], batch: int) -> CompiledRegion | None:
+        """The compiled form a call with these inputs runs, lowered now if need be; None where it runs as autograd."""
+        if self.cache is None or self.region.name in self.cache.failed:
+            return None
+        try:
+            return self._find(self.cache, self.eager, inputs, batch)
+        except LoweringError as error:
+            self.cache.failed[self.region.name] = str(error)
+            return None
+
+    def arguments(
+        self,
+        compiled: CompiledRegion,
+        inputs: Sequence[Tensor],
+        overrides: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    ) -> list[Tensor]:
+        """One tensor per forward input of ``compiled``."""
+        tensors = []
+        for kind, name in compiled.halves.forward_inputs:
+            if kind == "input":
+                tensors.append(inputs[name])
+            elif kind == "scale":
+                tensors.append(self._running_scale(name))
+            else:
+                tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
+        return tensors
+
+    def _find(
+        self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
+    ) -> CompiledRegion:
+        specs = self._specs(inputs, batch)
+        key = (self.region.name, graph is self.frozen, specs, self._baked(), torch.is_autocast_enabled("cpu"))
+        frozen = not self.owner.training
+        return cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen)
 
     def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
         """The region's joint graph, before any rewrite."""
