@@ -1,0 +1,72 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from e2pass.backends.fpga.board import list_boards, load_board
+from e2pass.report import CostReport
+from e2pass.transformed import Transformed
+
+
+def write_report(report: CostReport, fmt: str, out: Path | None) -> None:
+    """Write a report to ``out``, or print it; ``fmt`` is table, json, csv or md."""
+    if out is None and fmt == "table":
+        _console().print(report)
+        return
+    from e2pass.report_formats import save
+
+    texts: dict[str, Callable[[], str]] = {
+        "json": report.to_json,
+        "csv": report.to_csv,
+        "md": report.to_markdown,
+        "table": report.table,
+    }
+    text = texts[fmt]()
+    if out is None:
+        typer.echo(text, nl=not text.endswith("\n"))
+        return
+    save(text, out)
+
+
+def print_inspection(t: Transformed) -> None:
+    """Print the blocks with their reasons, and the diagnostics."""
+    console = _console()
+    table = Table(title=f"residual blocks: {len(t.blocks)}, gated: {sum(b.gated for b in t.blocks)}")
+    for heading in ("block", "kind", "nodes", "gated", "reason"):
+        table.add_column(heading, justify="right" if heading == "nodes" else "left", overflow="fold")
+    for block in t.blocks:
+        table.add_row(block.name, block.kind, str(len(block.nodes)), "yes" if block.gated else "no", block.reason)
+    console.print(table)
+    console.print(f"diagnostics: {len(t.diagnostics)}")
+    for diagnostic in t.diagnostics:
+        console.print(str(diagnostic), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_boards() -> None:
+    """Print the shipped boards."""
+    table = Table("board", "title", "clock")
+    for name in list_boards():
+        board = load_board(name)
+        table.add_row(name, board.title, f"{board.clock_mhz.value:g} MHz")
+    _console().print(table)
+
+
+def print_board(name: str) -> None:
+    """Print every number of one board."""
+    board = load_board(name)
+    table = Table("key", "value", "evidence", "source", title=board.title)
+    for key, quantity in board.quantities():
+        table.add_row(key, f"{quantity.value:g}", quantity.evidence, quantity.source)
+    _console().print(table)
+
+
+def _console() -> Console:
+    # Without a terminal rich assumes 80 columns and would fold the numbers of a piped table.
+    return Console() if sys.stdout.isatty() else Console(width=140)
