@@ -1,0 +1,126 @@
+"""The transformed model as torch.export can trace it: evaluation mode, masked, flat tensors in and out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from e2pass.errors import ExportError
+from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, ValueName
+from e2pass.runtime.merge import merge_masked
+from e2pass.runtime.module import E2Module
+from e2pass.runtime.region import CompiledRegion
+
+
+class InferenceForm(nn.Module):
+    """Executes the evaluation plan of a copy of a transformed model without a look at any value.
+
+    The lowered form of each region is chosen beforehand (``prepare``): lowering inside a trace is not possible. The
+    registries are the copy's own, so every parameter has the name it has in the model.
+    """
+
+    def __init__(self, module: E2Module) -> None:
+        super().__init__()
+        self.training = False
+        twin = copy.deepcopy(module).eval()
+        object.__setattr__(self, "_twin", twin)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[registry] = twin.__dict__[registry]
+        self.__dict__["_non_persistent_buffers_set"] = twin._non_persistent_buffers_set
+        self.compiled: dict[str, CompiledRegion | None] = {}
+        self._preparing = False
+        if twin.e2_slu is not None:
+            # Counting decisions would become an output of the exported graph.
+            object.__setattr__(twin.e2_slu, "_record", _nothing)
+
+    @property
+    def twin(self) -> E2Module:
+        """The copy whose registries these are."""
+        twin: E2Module = self._twin  # type: ignore[assignment]
+        return twin
+
+    @property
+    def plan(self) -> Plan:
+        """What is executed."""
+        return self.twin._executable.plans["eval"]
+
+    def prepare(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Run once, lowering what is executed lowered; returns the outputs with a name each."""
+        self._preparing = True
+        try:
+            with torch.no_grad():
+                output = self._execute(tensors)
+        finally:
+            self._preparing = False
+        leaves = pytree.tree_flatten_with_path(output)[0]
+        return [(_identifier(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run on one tensor per input of the plan; returns the tensors in the model's output."""
+        return tuple(leaf for leaf in pytree.tree_leaves(self._execute(tensors)) if isinstance(leaf, Tensor))
+
+    def _execute(self, tensors: Sequence[Tensor]) -> Any:
+        plan, slu = self.plan, self.twin.e2_slu
+        values: dict[str, Any] = dict(zip(plan.inputs, tensors, strict=True))
+        for step in plan.steps:
+            if isinstance(step, RunRegion):
+                results = self._region(step.region, [values[n] for n in step.region.inputs])
+                values.update(zip(step.region.outputs, results, strict=True))
+            elif isinstance(step, Decide):
+                assert slu is not None
+                previous = values[step.previous] if step.previous is not None else None
+                values[step.out] = slu(step.index, values[step.fork], previous)
+            elif isinstance(step, Skip):
+                assert slu is not None
+                (body,) = self._region(step.body, [values[n] for n in step.body.inputs])
+                values[step.out] = merge_masked(values[step.shortcut], body, values[step.gate], slu.survival)
+        output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, plan.output)
+        return self.twin._executable.capture.rebuild(output, False)
+
+    def _region(self, region: Region, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        runner = self.twin._runners["eval"][region.name]
+        if self._preparing:
+            self.compiled[region.name] = runner.prepared(inputs, _batch(region, inputs))
+        compiled = self.compiled[region.name]
+        if compiled is None:
+            results: Sequence[Tensor] = runner.eager(*inputs)
+            return results
+        values = compiled.halves.inference(*runner.arguments(compiled, inputs))
+        if any(kind == "mutation" for kind, _ in compiled.side_keys):
+            raise ExportError(
+                f"region {region.name} writes to a buffer in evaluation mode, which an inference graph cannot hold; "
+                "make the model leave its buffers alone in eval()"
+            )
+        return [v for v, (kind, _) in zip(values, compiled.halves.forward_outputs, strict=True) if kind == "output"]
+
+    def place_of(self, target: object) -> str:
+        """Where a lowered region calls operator ``target`` first, in words; ``""`` if none does."""
+        for region in self.plan.regions:
+            compiled = self.compiled.get(region.name)
+            nodes = compiled.halves.inference.graph.nodes if compiled is not None else ()
+            for node in nodes:
+                if node.target is target:
+                    path = region.paths.get(node.meta.get("e2_from", ""), "")
+                    return f"region {region.name}" + (f" (module {path})" if path else "")
+        return ""
+
+
+def _batch(region: Region, inputs: Sequence[Tensor]) -> int:
+    for tensor, k in zip(inputs, region.rows, strict=True):
+        if k:
+            return tensor.shape[0] // k
+    return 1
+
+
+def _nothing(*_: Any) -> None:
+    """Nobody counts decisions."""
+
+
+def _identifier(path: tuple[Any, ...]) -> str:
+    name = "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+    return name or "output"
