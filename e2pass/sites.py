@@ -51,9 +51,7 @@ class _Converter:
     def __init__(self, joint: Joint, place: Place, batch: int) -> None:
         self.joint, self.place, self.batch = joint, place, batch
         self.backward = gradient_dependent(joint)
-        ahead = [
-            v for (k, _), v in zip(joint.outputs, joint.output_nodes(), strict=True) if k not in BACKWARD_KINDS
-        ]
+        ahead = [v for (k, _), v in zip(joint.outputs, joint.output_nodes(), strict=True) if k not in BACKWARD_KINDS]
         self.forward = ancestors(ahead)
         self.dw: dict[fx.Node, str] = {}
         for gradient in weight_gradients(joint):

@@ -138,7 +138,7 @@ class TrainingGraph:
         for node in self.nodes:
             regions.setdefault(node.site.region, []).append(node)
         for i, (region, members) in enumerate(regions.items()):
-            lines.append(f'  subgraph cluster_{i} {{ label={_quoted(region)};')
+            lines.append(f"  subgraph cluster_{i} {{ label={_quoted(region)};")
             for node in members:
                 label = f"{node.name.rpartition('/')[2]}\\n{node.site.op}" + (f"\\n{node.tag}" if node.tag else "")
                 style = ' style=filled fillcolor="#cfe8ff"' if node.tag else ""
@@ -146,12 +146,13 @@ class TrainingGraph:
             lines.append("  }")
         known = {n.name for n in self.nodes}
         lines += [
-            f"  {_quoted(operand)} -> {_quoted(n.name)};" for n in self.nodes for operand in n.operands if operand in known
+            f"  {_quoted(operand)} -> {_quoted(n.name)};"
+            for n in self.nodes
+            for operand in n.operands
+            if operand in known
         ]
         return "\n".join([*lines, "}"]) + "\n"
 
 
 def _quoted(text: str) -> str:
     return '"' + text.replace('"', '\\"') + '"'
-
-

@@ -191,7 +191,7 @@ class _Outside:
         readers: dict[str, list[int | None]] = {}
         for step in self.plan.steps:
             if isinstance(step, RunRegion):
-                reads = [(n, None) for n in step.region.inputs]
+                reads: list[tuple[str, int | None]] = [(n, None) for n in step.region.inputs]
             elif isinstance(step, Skip):
                 reads = [(step.shortcut, None), *((n, step.index) for n in step.body.inputs)]
             else:
@@ -380,5 +380,3 @@ def block_energy(program: Program, cost_model: CostModel) -> dict[int, float]:
             joule = price_step((n.site for n in nodes), cost_model).energy_j
         energies[region.block] = joule
     return energies
-
-

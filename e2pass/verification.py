@@ -103,5 +103,3 @@ def _relative(a: Tensor, b: Tensor) -> float:
         return 0.0
     scale = max(float(a.detach().double().abs().max()), 1e-6)
     return float((a.detach().double() - b.detach().double()).abs().max()) / scale
-
-

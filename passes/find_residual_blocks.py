@@ -31,9 +31,7 @@ class FindResidualBlocks(Pass):
     def run(self, program: Program) -> PassResult:
         """Write ``program.blocks``; an analysis, the graphs stay as they are."""
         diagnostics = Diagnostics()
-        found = {
-            mode: search(gm, include=self.include, exclude=self.exclude) for mode, gm in program.unique_graphs()
-        }
+        found = {mode: search(gm, include=self.include, exclude=self.exclude) for mode, gm in program.unique_graphs()}
         blocks = found["train"].blocks
         if "eval" in found:
             program.blocks = _align(blocks, found["eval"].blocks)

@@ -11,7 +11,6 @@ from torch import fx
 from e2pass.blocks import ResidualBlock
 from e2pass.diagnostics import Diagnostics
 from e2pass.passes.base import Pass, PassResult
-
 from e2pass.program import Program
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.merge import merge_masked
@@ -97,9 +96,7 @@ def _insert_one(
             total = graph.call_function(torch.add, (body, nodes[arm]))
             total.meta = {**join.meta, "e2_tag": "slu.arms"}
             body = total
-        merge = graph.create_node(
-            "call_function", merge_masked, (shortcut, body, gate), {}, name=f"slu_merge_{index}"
-        )
+        merge = graph.create_node("call_function", merge_masked, (shortcut, body, gate), {}, name=f"slu_merge_{index}")
     merge.meta = {**join.meta, **place, "e2_tag": "slu.merge", "e2_technique": "slu", "e2_index": index}
     for name in block.nodes:
         nodes[name].meta["e2_block"] = block.name
@@ -116,7 +113,7 @@ def _insert_one(
 
 def _between(body: fx.Node, nodes: dict[str, fx.Node], block: ResidualBlock) -> list[fx.Node]:
     """The additions made for several arms: part of the body, so that a closed gate skips them too."""
-    made = []
+    made: list[fx.Node] = []
     while body.name not in block.arms and len(made) < len(block.arms):
         made.append(body)
         body = body.args[0]  # type: ignore[assignment]
@@ -129,5 +126,3 @@ def _behind(node: fx.Node) -> fx.Node:
     while following.op == "placeholder":
         following = following.next
     return following
-
-

@@ -95,7 +95,7 @@ class _Outliner:
                 segment.append(node)
         close()
         inputs = tuple(n.name for n in self.graph.find_nodes(op="placeholder"))
-        output = fx.node.map_arg(self.graph.output_node().args[0], lambda n: ValueName(n.name))
+        output = fx.node.map_arg(self.graph.output_node().args[0], _named)
         return Plan(_with_releases(steps, output), inputs, output)
 
     def _trunk(self, nodes: list[fx.Node]) -> RunRegion | None:
@@ -141,6 +141,10 @@ class _Outliner:
             return ValueSpec((), torch.float32)
         shape = tuple(_dimension(s, self.symbol) for s in value.shape)
         return ValueSpec(shape, value.dtype, self.wants_grad[node] and value.is_floating_point())
+
+
+def _named(node: fx.Node) -> Any:
+    return ValueName(node.name)
 
 
 class _Cut:
@@ -220,7 +224,7 @@ class _Cut:
 
 
 def _is_metadata(node: fx.Node) -> bool:
-    """Whether a node yields sizes, dtypes or devices rather than tensors: cheap, pure, and copied to where it is used."""
+    """Whether a node yields sizes, dtypes or devices rather than tensors: cheap, pure, copied to where it is used."""
     if node.op == "output":
         return False
     if node.op in ("placeholder", "get_attr") or node.meta.get("e2_tag") == "slu.gate":
@@ -265,7 +269,9 @@ def _gradient_flow(owner: nn.Module, graph: fx.Graph) -> dict[fx.Node, bool]:
     for node in graph.nodes:
         own = False
         if node.op == "call_module":
-            own = any(p.requires_grad for p in _submodule(owner, node).parameters()) if node.target != "e2_slu" else True
+            own = (
+                any(p.requires_grad for p in _submodule(owner, node).parameters()) if node.target != "e2_slu" else True
+            )
         elif node.op == "get_attr":
             own = bool(getattr(_attribute(owner, str(node.target)), "requires_grad", False))
         flow[node] = own or any(flow[n] for n in node.all_input_nodes)

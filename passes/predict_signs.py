@@ -106,7 +106,7 @@ class PredictSigns(Pass):
         program.rewrites.append(rewrite)
         program.shared = shared
         diagnostics = Diagnostics()
-        for name, (_, joint) in program.lowered.items():
+        for _, joint in program.lowered.values():
             rewrite(joint, False)
             result: PsgResult = joint.notes["psg"]
             for target in result.predicted:

@@ -6,7 +6,7 @@ This is the one module that touches torch's experimental joint-graph interface.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Joint:
 
     def output_nodes(self) -> list[Any]:
         """The values of the output node, in the order of ``outputs``."""
-        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        return list(self.graph.output_node().args[0])
 
     def set_outputs(self, nodes: Sequence[Any], outputs: Sequence[tuple[str, Any]]) -> None:
         """Replace the output list."""
@@ -106,17 +106,14 @@ class _Interpreted(nn.Module):
         self.outputs_want_grad: list[bool] = []
         for node in gm.graph.nodes:  # torch records where a node came from only if it has some metadata
             node.meta.setdefault("e2_path", "")
-        for name, child in gm._modules.items():
-            self.add_module(name, child)
-        for name, parameter in gm._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in gm._buffers.items():
-            self.register_buffer(name, buffer)
+        # The same dicts, so that the interpreter sees the tensors that AOTAutograd puts in place of the parameters.
+        for registry in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[registry] = gm.__dict__[registry]
         object.__setattr__(self, "_interpreter", fx.Interpreter(gm))
 
     def forward(self, *args: torch.Tensor) -> Any:
         with fx.traceback.preserve_node_meta():
-            outputs = self._interpreter.run(*args)  # type: ignore[operator]
+            outputs = self._interpreter.run(*args)  # type: ignore[union-attr]
         if self.clone_outputs:
             outputs = tuple(o.clone() for o in outputs)
         self.outputs_want_grad = [o.requires_grad for o in outputs]
@@ -137,9 +134,10 @@ def lower(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joi
     Raises:
         LoweringError: When tracing fails; the message carries torch's own reason.
     """
-    joint = _trace(module, specs, max(batch, 2), clone_outputs=False)
-    if joint is None:
-        joint = _trace(module, specs, max(batch, 2), clone_outputs=True)
+    with _without_onednn() if _has_recurrent_layer(module) else contextlib.nullcontext():
+        joint = _trace(module, specs, max(batch, 2), clone_outputs=False)
+        if joint is None:
+            joint = _trace(module, specs, max(batch, 2), clone_outputs=True)
     if joint is None:
         raise LoweringError("lowering failed: an output aliases an input in a way that cloning it does not undo")
     _name_placeholders(joint)
@@ -147,6 +145,22 @@ def lower(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joi
     canonicalize(joint.graph)
     joint.graph_module.recompile()
     return joint
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags would also touch (and warn about) settings of other devices.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def _has_recurrent_layer(module: nn.Module) -> bool:
+    """OneDNN's fused recurrent layer keeps a workspace only under autograd and cannot be cut into two halves."""
+    return any(isinstance(m, nn.RNNBase) for m in module.modules())
 
 
 def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, clone_outputs: bool) -> Joint | None:
@@ -190,11 +204,11 @@ def _trace_provenance(graph: fx.Graph) -> None:
             if sequence is not None:
                 by_sequence.setdefault(sequence, node.meta["e2_from"])
         else:
-            node.meta["e2_from"] = by_sequence.get(sequence, "")  # type: ignore[arg-type]
+            node.meta["e2_from"] = by_sequence.get(sequence, "")
 
 
 def _symbolic_batch(mode: FakeTensorMode, batch: int) -> torch.SymInt | int:
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # type: ignore[call-arg]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     size: torch.SymInt | int = mode.from_tensor(torch.empty(batch), symbolic_context=context).shape[0]
     return size
 
@@ -221,6 +235,9 @@ def _describe(gm: fx.GraphModule, batch: int, symbol: sympy.Symbol | None, env: 
         if value is not None and d is not None:
             values.append(value)
             described.append(_output(d))
+    baked = [n.target for n in gm.graph.find_nodes(op="get_attr") if isinstance(getattr(gm, n.target), nn.Parameter)]
+    if baked:
+        raise LoweringError(f"lowering failed: {len(baked)} parameters were traced as constants")
     joint = Joint(gm, inputs, described, batch, symbol, [g.expr for g in env.guards])
     joint.set_outputs(values, described)
     return joint

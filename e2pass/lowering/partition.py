@@ -68,9 +68,10 @@ def partition(joint: Joint) -> Halves:
     forward_body = sorted(forward_nodes - set(placeholders), key=order.__getitem__)
     outputs = [v for _, v in ahead]
     return Halves(
-        forward=_extract(inputs, forward_body, [*outputs, *tensors, *ints]),
-        inference=_extract(inputs, forward_body, outputs, prune=True),
+        forward=_extract(joint, inputs, forward_body, [*outputs, *tensors, *ints]),
+        inference=_extract(joint, inputs, forward_body, outputs, prune=True),
         backward=_extract(
+            joint,
             [*tensors, *ints, *(n for n, _ in tangents)],
             sorted(backward_nodes, key=order.__getitem__),
             [v for _, v in back],
@@ -86,6 +87,7 @@ def partition(joint: Joint) -> Halves:
 
 
 def ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Node]:
+    """``values`` and everything they are computed from, up to the nodes in ``stop``, which are left out."""
     seen: set[fx.Node] = set()
     stack = [v for v in values if isinstance(v, fx.Node)]
     while stack:
@@ -110,7 +112,9 @@ def _claim_multi_output_results(graph: fx.Graph, forward: set[fx.Node]) -> None:
             forward.add(node)
 
 
-def _extract(inputs: list[fx.Node], body: list[fx.Node], outputs: list[Any], prune: bool = False) -> fx.GraphModule:
+def _extract(
+    joint: Joint, inputs: list[fx.Node], body: list[fx.Node], outputs: list[Any], prune: bool = False
+) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -121,9 +125,4 @@ def _extract(inputs: list[fx.Node], body: list[fx.Node], outputs: list[Any], pru
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in outputs])
     if prune:
         graph.eliminate_dead_code()
-    return fx.GraphModule(nn_root(), graph)
-
-
-def nn_root() -> torch.nn.Module:
-    """An empty root: lowered graphs own no state."""
-    return torch.nn.Module()
+    return fx.GraphModule(joint.graph_module, graph)  # brings the constants that the trace lifted, nothing else

@@ -138,7 +138,8 @@ def find_products(joint: Joint) -> list[Product]:
 
 def _factors(node: fx.Node) -> tuple[int, int] | None:
     if node.target is aten.convolution_backward.default:
-        wants_dx, wants_dw, _ = node.args[-1]  # type: ignore[misc, union-attr]
+        mask: Any = node.args[-1]
+        wants_dx, wants_dw, _ = mask
         return (0, 2) if wants_dx else (0, 1) if wants_dw else None
     return _FACTORS.get(node.target)
 

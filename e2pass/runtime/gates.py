@@ -152,9 +152,7 @@ class SLUGates(nn.Module):
         return 1.0 - self.target if self.kind == "random" and not self.training else 1.0
 
     def _record(self, index: int, mask: Tensor, score: Tensor | None) -> None:
-        opened, decided = (
-            (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
-        )
+        opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
         opened[index] += mask.detach().sum()
         decided[index] += mask.numel()
         if self.training and score is not None and torch.is_grad_enabled():
@@ -189,9 +187,7 @@ class SLUGates(nn.Module):
 
     def skipped_share(self, evaluation: bool = False) -> Tensor | None:
         """Share of decisions that closed each gate, (gates,), None before anything was decided."""
-        opened, decided = (
-            (self.opened_eval, self.decided_eval) if evaluation else (self.opened, self.decided)
-        )
+        opened, decided = (self.opened_eval, self.decided_eval) if evaluation else (self.opened, self.decided)
         if len(self.gates) == 0 or bool((decided == 0).any()):
             return None
         return (1.0 - opened / decided).cpu()

@@ -104,9 +104,7 @@ class E2Module(nn.Module):
     def execute(self, args: Sequence[Any], kwargs: dict[str, Any], *, masked: bool) -> Any:
         """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero."""
         executable = self._executable
-        values: dict[str, Any] = dict(
-            zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True)
-        )
+        values: dict[str, Any] = dict(zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True))
         run = _Run(self, values, masked)
         if self.e2_slu is not None:
             self.e2_slu.begin()
@@ -211,7 +209,9 @@ class _Run:
             values.update(zip(step.region.outputs, results, strict=True))
         elif isinstance(step, Decide):
             previous = values[step.previous] if step.previous is not None else None
-            values[step.out] = self.module.e2_slu(step.index, values[step.fork], previous)  # type: ignore[union-attr]
+            slu = self.module.e2_slu
+            assert slu is not None
+            values[step.out] = slu(step.index, values[step.fork], previous)
         else:
             values[step.out] = self._skip(step)
 
@@ -220,9 +220,7 @@ class _Run:
         share = 1.0 if whole is None else batch / whole
         module = self.module
         on_scales: Callable[..., None] = module.e2_scales.update if module.e2_scales is not None else _ignore
-        return self.runners[region.name](
-            inputs, batch, share, self.overrides, module.e2_counts.add, on_scales
-        )
+        return self.runners[region.name](inputs, batch, share, self.overrides, module.e2_counts.add, on_scales)
 
     def _skip(self, step: Skip) -> Tensor:
         values, slu = self.values, self.module.e2_slu

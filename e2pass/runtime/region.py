@@ -88,8 +88,7 @@ class _Region(torch.autograd.Function):
         halves = region.halves
         saved = ctx.saved_tensors
         tangents = [
-            _in_traced_layout(grads[i], spec)
-            for i, spec in zip(halves.tangents, halves.tangent_specs, strict=True)
+            _in_traced_layout(grads[i], spec) for i, spec in zip(halves.tangents, halves.tangent_specs, strict=True)
         ]
         results = halves.backward(*saved, *ctx.ints, *tangents)
         out: list[Tensor | None] = [None] * region._n_inputs

@@ -22,11 +22,13 @@ class SumThenSign(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, name: str, psg: PSG, on_counts: Callable[[str, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
+        """Two aliases of ``weight``."""
         ctx.name, ctx.psg, ctx.on_counts = name, psg, on_counts
         return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, full: Tensor, predicted: Tensor) -> Any:
+        """Select, sign and scale the summed gradients."""
         chosen, counts = ops.select(predicted, full, ops.threshold(predicted, ctx.psg.beta))
         update = torch.sign(chosen)
         if ctx.psg.scale == "mean":
