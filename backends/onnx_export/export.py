@@ -76,7 +76,7 @@ def export_inference(
     shapes = tuple(_dynamic_dims(node, dynamic) for node in capture.eval.graph.find_nodes(op="placeholder"))
     with _quiet(), torch.no_grad():
         program = _trace(form, tensors, shapes)
-        onnx_program = _translate(form, program, names)
+        onnx_program = _translate(form, program, names, shapes)
     _write(onnx_program, path)
     return path
 
@@ -159,7 +159,10 @@ def _trace(form: InferenceForm, tensors: tuple[Tensor, ...], shapes: tuple[Any, 
         ) from error
 
 
-def _translate(form: InferenceForm, program: torch.export.ExportedProgram, outputs: list[str]) -> Any:
+def _translate(
+    form: InferenceForm, program: torch.export.ExportedProgram, outputs: list[str], shapes: Sequence[Any]
+) -> Any:
+    axes = tuple({i: "batch" for i, d in (dims or {}).items() if isinstance(d, torch.export.Dim)} for dims in shapes)
     try:
         return torch.onnx.export(
             program,
@@ -167,6 +170,7 @@ def _translate(form: InferenceForm, program: torch.export.ExportedProgram, outpu
             None,
             input_names=list(form.plan.inputs),
             output_names=outputs,
+            dynamic_shapes=axes if any(axes) else None,  # the trace has its own: this names the axes
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -195,13 +199,16 @@ def _untranslated(form: InferenceForm, program: torch.export.ExportedProgram, er
 
 
 def _place(form: InferenceForm, program: torch.export.ExportedProgram, name: str, operator: str) -> str:
-    calls = program.graph.find_nodes(op="call_function")
-    for node in (n for n in calls if str(n.target) == operator):
-        lowered = form.place_of(node.target)
-        if lowered:
-            return lowered
-        paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
-        return f"module {paths[-1]}" if paths else "the model's own forward"
+    for graph in (program.graph, program.run_decompositions().graph):  # the exporter decomposes before it translates
+        for node in graph.nodes:
+            if node.op != "call_function" or str(node.target) != operator:
+                continue
+            lowered = form.place_of(node.target)
+            if lowered:
+                return lowered
+            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+            if paths:
+                return f"module {paths[-1]}"
     return f"the model (node {name})"
 
 
