@@ -11,6 +11,7 @@ from torch import fx
 
 from e2pass.cost import Phase, Technique
 from e2pass.lowering.canonical import call
+from e2pass.runtime import ops  # noqa: F401  defines torch.ops.e2pass
 
 e2 = torch.ops.e2pass
 
