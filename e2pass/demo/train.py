@@ -31,6 +31,7 @@ class Recipe:
         depth: Of the CIFAR ResNet, 6n + 2.
         batch_size: Samples of a mini-batch.
         lr: Peak learning rate of the one-cycle schedule, which moves once a nominal epoch.
+        gates_lr: Peak learning rate of the gates.
         weight_decay: Of weights with more than one dimension.
         config: Preset of the transformed run.
         board: Board that the price is modelled on.
@@ -40,6 +41,7 @@ class Recipe:
     depth: int = 14
     batch_size: int = 32
     lr: float = 0.05
+    gates_lr: float = 0.005
     weight_decay: float = 5e-4
     config: str = "e2train"
     board: str = "zedboard"
@@ -124,7 +126,11 @@ def train_transformed(images: Images, recipe: Recipe, seed: int, tick: Tick) -> 
     start = time.perf_counter()
     example = images.train.tensors[0][: recipe.batch_size]
     t = transform(model, example, loader, config=recipe.config, board=recipe.board)
-    _train(t.model, t.loader, t.param_groups(recipe.lr, recipe.weight_decay), recipe, tick)
+    groups = t.param_groups(recipe.lr, recipe.weight_decay)
+    for group in groups:
+        if group["name"] == "gates":
+            group["lr"] = recipe.gates_lr
+    _train(t.model, t.loader, groups, recipe, tick)
     seconds = time.perf_counter() - start
     gated, whole = accuracy(t.model, images.test), accuracy(t.unwrap(), images.test)
     return _measured(t, gated, whole, seconds), t
@@ -144,7 +150,11 @@ def _setting(images: Images, recipe: Recipe, seed: int) -> tuple[nn.Module, Data
 def _train(model: nn.Module, loader: Iterable[Any], groups: list[dict[str, Any]], recipe: Recipe, tick: Tick) -> int:
     opt = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        opt, max_lr=recipe.lr, total_steps=max(recipe.epochs, 2), pct_start=0.2, cycle_momentum=False
+        opt,
+        max_lr=[group["lr"] for group in opt.param_groups],
+        total_steps=max(recipe.epochs, 2),
+        pct_start=0.2,
+        cycle_momentum=False,
     )
     batches = 0
     model.train()
