@@ -179,10 +179,10 @@ def _translate(
             custom_translation_table=TABLE,
         )
     except Exception as error:
-        raise ExportError(_untranslated(form, program, error)) from error
+        raise ExportError(_untranslated(form, error)) from error
 
 
-def _untranslated(form: InferenceForm, program: torch.export.ExportedProgram, error: BaseException) -> str:
+def _untranslated(form: InferenceForm, error: BaseException) -> str:
     """Name the operator that has no translation and the place it came from."""
     chain: list[str] = []
     cause: BaseException | None = error
@@ -192,24 +192,11 @@ def _untranslated(form: InferenceForm, program: torch.export.ExportedProgram, er
     failed = re.search(r"%(\w+) : .*?\[target=torch\.ops\.([\w.]+)\]", "\n".join(chain))
     if failed is None:
         return f"torch.onnx cannot translate the model: {_first_line(error)}; replace the operator it names"
+    place = form.place_of(failed[2]) or f"the model (node {failed[1]})"
     return (
-        f"operator {failed[2]} in {_place(form, program, failed[1], failed[2])} has no ONNX form; replace it by "
-        "operators that have one, or keep that part out of the exported model"
+        f"operator {failed[2]} in {place} has no ONNX form; replace it by operators that have one, or keep that part "
+        "out of the exported model"
     )
-
-
-def _place(form: InferenceForm, program: torch.export.ExportedProgram, name: str, operator: str) -> str:
-    for graph in (program.graph, program.run_decompositions().graph):  # the exporter decomposes before it translates
-        for node in graph.nodes:
-            if node.op != "call_function" or str(node.target) != operator:
-                continue
-            lowered = form.place_of(node.target)
-            if lowered:
-                return lowered
-            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
-            if paths:
-                return f"module {paths[-1]}"
-    return f"the model (node {name})"
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from e2pass.errors import ExportError
+from e2pass.errors import ExportError, LoweringError
 from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module
@@ -98,16 +98,24 @@ class InferenceForm(nn.Module):
             )
         return [v for v, (kind, _) in zip(values, compiled.halves.forward_outputs, strict=True) if kind == "output"]
 
-    def place_of(self, target: object) -> str:
-        """Where a lowered region calls operator ``target`` first, in words; ``""`` if none does."""
+    def place_of(self, operator: str) -> str:
+        """Where a region calls an ATen operator first, in words; ``""`` if none does."""
         for region in self.plan.regions:
-            compiled = self.compiled.get(region.name)
-            nodes = compiled.halves.inference.graph.nodes if compiled is not None else ()
-            for node in nodes:
-                if node.target is target:
+            for node in self._lowered_nodes(region):
+                if node.op == "call_function" and str(node.target) == operator:
                     path = region.paths.get(node.meta.get("e2_from", ""), "")
                     return f"region {region.name}" + (f" (module {path})" if path else "")
         return ""
+
+    def _lowered_nodes(self, region: Region) -> Iterable[fx.Node]:
+        """Lowered nodes remember which of the model's they came from; what runs as it is, is lowered to ask."""
+        compiled = self.compiled.get(region.name)
+        if compiled is not None:
+            return compiled.halves.inference.graph.nodes
+        try:
+            return self.twin._runners["eval"][region.name].lower(region.specs, 2).graph.nodes
+        except LoweringError:
+            return ()
 
 
 def _batch(region: Region, inputs: Sequence[Tensor]) -> int:
