@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from e2pass.passes.drop_batches import DropBatches
 from e2pass.passes.find_residual_blocks import FindResidualBlocks
 from e2pass.passes.insert_gates import InsertGates
 from e2pass.passes.lower import Lower
-from e2pass.passes.manager import OnPass, PassManager
+from e2pass.passes.manager import PassManager
 from e2pass.passes.outline import Outline
 from e2pass.passes.predict_signs import PredictSigns
 from e2pass.passes.price import Price, WeighGates
@@ -76,10 +76,10 @@ def transform(
     program = _program(model, example_inputs, settings, inplace)
     program.loader = loader
     step = TrainingStep(cost_model, loss=loss, optimizer=optimizer)
-    PassManager(_passes(settings, step)).run(program)
+    PassManager(pipeline(settings, step)).run(program)
     if strict:
         _refuse_gaps(program)
-    module = _module(program, step)
+    module = _module(program)
     return Transformed(module, program, step)
 
 
@@ -104,17 +104,13 @@ def analyze(
     return transform(model, example_inputs, loader, config=settings, board=board).report()
 
 
-def pipeline(config: Config, step: TrainingStep) -> list[Pass]:
-    """The passes that a configuration asks for, in order."""
-    return _passes(config, step)
-
-
-def _passes(config: Config, step: TrainingStep) -> list[Pass]:
+def pipeline(config: Config, step: TrainingStep | None = None) -> list[Pass]:
+    """The passes that a configuration asks for, in order; without ``step`` those that price are left out."""
     passes: list[Pass] = [FindResidualBlocks()]
     if config.slu is not None:
         passes.append(InsertGates(**config.slu.model_dump()))
     passes += [Outline(), Lower()]
-    if config.slu is not None:
+    if config.slu is not None and step is not None:
         passes.append(WeighGates(step))
     if config.bits is not None:
         passes.append(Quantize(**config.bits.model_dump()))
@@ -122,7 +118,7 @@ def _passes(config: Config, step: TrainingStep) -> list[Pass]:
         passes.append(PredictSigns(**config.psg.model_dump()))
     if config.smd is not None:
         passes.append(DropBatches(**config.smd.model_dump()))
-    return [*passes, Price(step)]
+    return [*passes, *([Price(step)] if step is not None else [])]
 
 
 def _cost_model(board: Any) -> CostModel:
@@ -157,7 +153,7 @@ def _refuse_gaps(program: Program) -> None:
         raise StrictError("strict=True, and not everything could be transformed: " + "; ".join(map(str, gaps)))
 
 
-def _module(program: Program, step: TrainingStep) -> E2Module:
+def _module(program: Program) -> E2Module:
     config = program.config
     cache = LoweringCache(program.rewrites) if config.bits is not None else None
     executable = Executable(
@@ -167,13 +163,12 @@ def _module(program: Program, step: TrainingStep) -> E2Module:
         shared=program.shared,
         config=config,
         recipe=restore,
-        arguments=(_small(program), config, step),
+        arguments=(_small(program), config),
     )
     scales = None
     if config.bits is not None:
         scales = RunningScales({name: joint.scales for name, (_, joint) in program.lowered.items() if joint.scales})
-    module = E2Module(program.model, executable, program.slu, scales)
-    return module
+    return E2Module(program.model, executable, program.slu, scales)
 
 
 def _small(program: Program) -> Inputs:
@@ -181,12 +176,8 @@ def _small(program: Program) -> Inputs:
     return program.inputs.with_batch(2) if program.capture.symbolic_batch else program.inputs
 
 
-def restore(source: nn.Module, inputs: Inputs, config: Config, step: TrainingStep) -> E2Module:
+def restore(source: nn.Module, inputs: Inputs, config: Config) -> E2Module:
     """Transform an unpickled original again: pickles hold models and configurations, not graphs."""
     program = _program(source, inputs, config, inplace=True)
-    passes: Sequence[Pass] = [p for p in _passes(config, step) if not isinstance(p, (DropBatches, Price, WeighGates))]
-    PassManager(passes).run(program)
-    return _module(program, step)
-
-
-__all__ = ["OnPass", "analyze", "pipeline", "restore", "transform"]
+    PassManager(pipeline(config)).run(program)
+    return _module(program)

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from e2pass.errors import ConfigError
 
+GateKind = Literal["learned", "open", "closed", "random"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,6 +27,8 @@ def _explain(section: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(map(str, first["loc"])) or section.__name__
     if first["type"] == "extra_forbidden":
         return f"{section.__name__} has no key {key!r}; the valid keys are {', '.join(section.model_fields)}"
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
     return f"{section.__name__}.{key} = {first['input']!r} is not allowed: {first['msg']}"
 
 
@@ -55,7 +59,7 @@ class SLU(_Section):
     """
 
     skip: float = Field(0.4, ge=0.0, lt=1.0)
-    gate: Literal["learned", "open", "closed", "random"] = "learned"
+    gate: GateKind = "learned"
     hidden: int = Field(10, ge=1, le=1024)
     inject: bool = True
     seed: int = Field(0, ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from e2pass.plan import Region
 
@@ -28,6 +28,21 @@ def region_parameters(region: Region, model: nn.Module) -> list[str]:
         elif node.op == "get_attr" and isinstance(_attribute(model, str(node.target)), nn.Parameter):
             found.append(str(node.target))
     return found
+
+
+def gradient_flow(owner: nn.Module, graph: fx.Graph, gates_learn: bool = False) -> dict[fx.Node, bool]:
+    """Which values of a flat graph depend on a parameter, or a learning gate, that wants a gradient."""
+    flow: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        own = False
+        if node.meta.get("e2_tag") == "slu.gate":
+            own = gates_learn
+        elif node.op == "call_module":
+            own = any(p.requires_grad for p in owner.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            own = bool(getattr(_attribute(owner, str(node.target)), "requires_grad", False))
+        flow[node] = own or (node.meta.get("e2_tag") != "slu.gate" and any(flow[n] for n in node.all_input_nodes))
+    return flow
 
 
 def _attribute(model: nn.Module, target: str) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from e2pass.blocks import ResidualBlock
+from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, InputError
 from e2pass.program import Program
@@ -21,6 +21,20 @@ from e2pass.runtime.module import E2Module
 from e2pass.training_graph import Rates, TrainingGraph
 from e2pass.training_step import TrainingStep, assumed_rates, build_graph
 from e2pass.verification import VerifyReport, verify
+
+
+class GateSetting:
+    """A change of all gates, in force since it was made; as a context manager it is undone on exit."""
+
+    def __init__(self, slu: SLUGates, kind: str) -> None:
+        self._slu, self._before = slu, slu.kind
+        slu.kind = kind
+
+    def __enter__(self) -> GateSetting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slu.kind = self._before
 
 
 class Transformed:
@@ -141,17 +155,17 @@ class Transformed:
             raise ConfigError("there are no gates, so there is no compute term; transform with slu=e2pass.SLU()")
         return self._slu.cost_term()
 
-    @contextmanager
-    def _gates(self, kind: str) -> Iterator[None]:
-        slu = self._slu
-        if slu is None:
-            yield
-            return
-        before, slu.kind = slu.kind, kind
-        try:
-            yield
-        finally:
-            slu.kind = before
+    def set_gates(self, kind: str) -> GateSetting:
+        """Make every gate ``learned``, ``open``, ``closed`` or ``random``, from now on or within a ``with`` block.
+
+        Raises:
+            ConfigError: For another kind, or where the model has no gates.
+        """
+        if kind not in get_args(GateKind):
+            raise ConfigError(f"gates cannot be {kind!r}; the kinds are {', '.join(get_args(GateKind))}")
+        if self._slu is None:
+            raise ConfigError("there are no gates to set; transform with slu=e2pass.SLU() a model with residual blocks")
+        return GateSetting(self._slu, kind)
 
     def verify(self) -> VerifyReport:
         """Run the equality proofs on the example inputs; the model's state is the same afterwards."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from e2pass.blocks import ResidualBlock
+from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
+from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
 from e2pass.program import Program
 from e2pass.runtime.gates import SLUGates
@@ -23,7 +25,7 @@ class InsertGates(Pass):
     """Options are those of ``e2pass.SLU``."""
 
     skip: float = 0.4
-    gate: Literal["learned", "open", "closed", "random"] = "learned"
+    gate: GateKind = "learned"
     hidden: int = 10
     inject: bool = True
     seed: int = 0
@@ -34,11 +36,13 @@ class InsertGates(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Insert gate and merge nodes into every mode's graph and create the gates."""
-        gated = [i for i, block in enumerate(program.blocks["train"]) if block.gated]
-        if not gated:
-            return PassResult(program, False)
         train = program.graphs["train"].graph
         nodes = {n.name: n for n in train.nodes}
+        diagnostics = Diagnostics()
+        _leave_frozen(program, nodes, diagnostics)
+        gated = [i for i, block in enumerate(program.blocks["train"]) if block.gated]
+        if not gated:
+            return PassResult(program, False, diagnostics)
         gated.sort(key=lambda i: nodes[program.blocks["train"][i].fork])
         features = [_features(nodes, program.blocks["train"][i]) for i in gated]
         with torch.random.fork_rng(devices=[]):
@@ -48,9 +52,18 @@ class InsertGates(Pass):
             renamed = _insert(gm, [program.blocks[mode][i] for i in gated], program.slu)
             for block in program.blocks[mode]:
                 _rename(block, renamed)
-        diagnostics = Diagnostics()
         diagnostics.info("E2P210", GATES, f"{len(gated)} {self.gate} gates, target skip ratio {self.skip:.0%}")
         return PassResult(program, True, diagnostics)
+
+
+def _leave_frozen(program: Program, nodes: dict[str, fx.Node], diagnostics: Diagnostics) -> None:
+    """A gate in a frozen part would be the only reason for backward to go there."""
+    flow = gradient_flow(program.model, program.graphs["train"].graph)
+    for block, partner in zip(program.blocks["train"], program.blocks["eval"], strict=True):
+        if block.gated and not flow[nodes[block.join]]:
+            block.gated = partner.gated = False
+            block.reason = partner.reason = "nothing in it or before it is trained"
+            diagnostics.info("E2P211", block.name, f"residual block that is not gated: {block.reason}")
 
 
 def _features(nodes: dict[str, fx.Node], block: ResidualBlock) -> tuple[int, int]:

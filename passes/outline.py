@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from e2pass.blocks import ResidualBlock
 from e2pass.diagnostics import Diagnostics
 from e2pass.lowering.joint import BATCH, ValueSpec
+from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
 from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, Step, ValueName
 from e2pass.program import Program
@@ -32,9 +33,10 @@ class Outline(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Write ``program.plans``; the flat graphs stay as they are, for export and as the reference."""
+        learn = program.slu is not None and program.slu.kind == "learned"
         for mode, gm in program.unique_graphs():
             _keep_results_together(gm.graph)
-            program.plans[mode] = _Outliner(program.model, gm, program.blocks[mode]).plan()
+            program.plans[mode] = _Outliner(program.model, gm, program.blocks[mode], learn).plan()
         program.plans.setdefault("eval", program.plans["train"])
         diagnostics = Diagnostics()
         count = len(program.plans["train"].regions)
@@ -60,11 +62,13 @@ def _keep_results_together(graph: fx.Graph) -> None:
 class _Outliner:
     """Cuts one flat graph."""
 
-    def __init__(self, owner: nn.Module, gm: fx.GraphModule, blocks: Sequence[ResidualBlock]) -> None:
+    def __init__(
+        self, owner: nn.Module, gm: fx.GraphModule, blocks: Sequence[ResidualBlock], gates_learn: bool
+    ) -> None:
         self.owner, self.gm, self.graph = owner, gm, gm.graph
         self.block_of = {n: b.name for b in blocks for n in b.nodes}
         self.symbol = _batch_symbol(self.graph)
-        self.wants_grad = _gradient_flow(owner, self.graph)
+        self.wants_grad = gradient_flow(owner, self.graph, gates_learn)
         self.live = [n for n in self.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
         self.body: dict[int, list[fx.Node]] = {}
         for node in self.live:
@@ -263,36 +267,10 @@ def _rows(spec: ValueSpec) -> int:
     return int(ratio) if ratio.is_Integer else 0
 
 
-def _gradient_flow(owner: nn.Module, graph: fx.Graph) -> dict[fx.Node, bool]:
-    """Which values depend on a parameter that wants a gradient."""
-    flow: dict[fx.Node, bool] = {}
-    for node in graph.nodes:
-        own = False
-        if node.op == "call_module":
-            own = (
-                any(p.requires_grad for p in _submodule(owner, node).parameters()) if node.target != "e2_slu" else True
-            )
-        elif node.op == "get_attr":
-            own = bool(getattr(_attribute(owner, str(node.target)), "requires_grad", False))
-        flow[node] = own or any(flow[n] for n in node.all_input_nodes)
-    return flow
-
-
-def _submodule(owner: nn.Module, node: fx.Node) -> nn.Module:
-    return owner.get_submodule(str(node.target))
-
-
-def _attribute(owner: nn.Module, target: str) -> Any:
-    value: Any = owner
-    for part in target.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _one_value_per_sample(owner: nn.Module, node: fx.Node) -> bool:
     """Whether a node is a batch norm over values without spatial extent."""
     if node.op == "call_module":
-        if not isinstance(_submodule(owner, node), nn.modules.batchnorm._BatchNorm):
+        if not isinstance(owner.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm):
             return False
     elif node.target is not torch.ops.aten.batch_norm.default and node.target is not nn.functional.batch_norm:
         return False

@@ -148,12 +148,19 @@ class RegionRunner:
         if share == 1.0 or not self.owner.training:
             result: tuple[Tensor, ...] = graph(*inputs)
             return result
-        tracked = [_fetch(self.owner, name) for name in self.statistics]
-        before = [t.clone() for t in tracked]
-        result = graph(*inputs)
-        with torch.no_grad():
-            for buffer, old in zip(tracked, before, strict=True):
-                buffer.copy_(old.lerp_(buffer, share))
+        # The norms update stand-ins: autograd may have saved what they were given, and forbids changing that.
+        slots = [_slot(self.owner, name) for name in self.statistics]
+        originals = [registry[leaf] for registry, leaf in slots]
+        for (registry, leaf), original in zip(slots, originals, strict=True):
+            registry[leaf] = original.clone()
+        try:
+            result = graph(*inputs)
+            with torch.no_grad():
+                for (registry, leaf), original in zip(slots, originals, strict=True):
+                    original.lerp_(registry[leaf], share)
+        finally:
+            for (registry, leaf), original in zip(slots, originals, strict=True):
+                registry[leaf] = original
         return result
 
     def _run_lowered(
@@ -253,13 +260,19 @@ def _training_norms(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in norms if n.args[5]]
 
 
-def _fetch(owner: nn.Module, name: str) -> Tensor:
+def _slot(owner: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The registry that holds a parameter or buffer, and its key there."""
     *path, leaf = name.split(".")
-    module = owner
+    module: Any = owner
     for part in path:
-        module = module._modules[part]  # type: ignore[assignment]
-    found = module._parameters.get(leaf)
-    return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
+        module = module._modules[part]
+    return (module._parameters if module._parameters.get(leaf) is not None else module._buffers), leaf
+
+
+def _fetch(owner: nn.Module, name: str) -> Tensor:
+    registry, leaf = _slot(owner, name)
+    tensor: Tensor = registry[leaf]
+    return tensor
 
 
 def _write(buffer: Tensor, value: Tensor, share: float) -> None:
