@@ -89,7 +89,8 @@ class Joint:
 
     def output_nodes(self) -> list[Any]:
         """The values of the output node, in the order of ``outputs``."""
-        return list(self.graph.output_node().args[0])
+        values: Any = self.graph.output_node().args[0]
+        return list(values)
 
     def set_outputs(self, nodes: Sequence[Any], outputs: Sequence[tuple[str, Any]]) -> None:
         """Replace the output list."""
@@ -99,6 +100,8 @@ class Joint:
 
 class _Interpreted(nn.Module):
     """A graph module run node by node, so that each traced operation knows the node it came from."""
+
+    _interpreter: fx.Interpreter
 
     def __init__(self, gm: fx.GraphModule, clone_outputs: bool) -> None:
         super().__init__()
@@ -113,7 +116,7 @@ class _Interpreted(nn.Module):
 
     def forward(self, *args: torch.Tensor) -> Any:
         with fx.traceback.preserve_node_meta():
-            outputs = self._interpreter.run(*args)  # type: ignore[union-attr]
+            outputs = self._interpreter.run(*args)
         if self.clone_outputs:
             outputs = tuple(o.clone() for o in outputs)
         self.outputs_want_grad = [o.requires_grad for o in outputs]
