@@ -37,7 +37,7 @@ class Recipe:
         board: Board that the price is modelled on.
     """
 
-    epochs: int = 40
+    epochs: int = 20
     depth: int = 14
     batch_size: int = 32
     lr: float = 0.05
