@@ -50,7 +50,7 @@ def check_inference(path: str | Path, module: Transformed | E2Module, inputs: An
     expected = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     try:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors: its remarks on how it optimises are nobody's concern here
+        options.log_severity_level = 4  # what goes wrong is raised
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         feeds = {i.name: t.detach().numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
         found = session.run(None, feeds)

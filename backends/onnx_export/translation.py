@@ -1,11 +1,11 @@
-"""The own operators of quantization in standard ONNX operators.
+"""The own operators of quantization in standard ONNX operators, and what torch translates wrongly.
 
 The arithmetic is that of ``e2pass.runtime.ops``: symmetric codes, rounding to nearest even, saturation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ def dequantize(codes: Any, scale: Any) -> Any:
     return op.Mul(op.CastLike(codes, scale), scale)
 
 
+def conv3d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Any:
+    """Translate ``aten::conv3d``; torch's own translation gives one without bias a bias that no runtime accepts."""
+    strides, pads, dilations = (list(v) * (3 // len(v)) for v in (stride, padding, dilation))
+    return op.Conv(x, weight, bias, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
+
+
 def _constant(value: float, like: Any) -> Any:
     return op.CastLike(op.Constant(value_float=value), like)
 
@@ -59,5 +73,6 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.e2pass.quantize.default: quantize,
     torch.ops.e2pass.quantize_running.default: quantize_running,
     torch.ops.e2pass.dequantize.default: dequantize,
+    torch.ops.aten.conv3d.default: conv3d,
 }
 """For ``custom_translation_table`` of ``torch.onnx.export``: the operators that inference graphs hold."""

@@ -31,11 +31,12 @@ def with_deciding_gates(t: Transformed, inputs: Any) -> None:
     t.model.eval()
     logits: list[Tensor] = []
     hook = slu.head.register_forward_hook(lambda _, __, out: logits.append(out.detach().squeeze(1)))
-    for gate in slu.gates:
+    gates: list[Any] = list(slu.gates)
+    for gate in gates:
         gate.logit_var.fill_(1e-4)
         gate.embed.weight.data.normal_(std=2.0)
     with torch.no_grad():
-        for index, gate in enumerate(slu.gates):  # in order: each gate sees what the gates before it decided
+        for index, gate in enumerate(gates):  # in order: each gate sees what the gates before it decided
             logits.clear()
             t.model(*inputs) if isinstance(inputs, tuple) else t.model(**inputs)
             ordered = logits[index].sort().values
@@ -194,6 +195,24 @@ def test_vit(tmp_path: Path) -> None:
     assert [value.name for value in stored.output] == ["logits"]
     for batch in BATCHES:
         assert check_inference(path, t, {"pixel_values": pixels[:batch]}) <= TOLERANCE
+
+
+def test_convolution_in_three_dimensions_without_bias(tmp_path: Path) -> None:
+    model, inputs = ZOO["conv3d"].make()
+    t = e2pass.transform(model, inputs, config="slu")
+    path = export_inference(t, inputs, tmp_path / "m.onnx")
+    assert check_inference(path, t, inputs) <= TOLERANCE
+
+
+def test_a_module_that_looks_at_values_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = ZOO["untraceable"].make()
+    t = e2pass.transform(model, inputs, config="slu")
+    capfd.readouterr()
+    with pytest.raises(ExportError, match=r"torch\.export cannot trace the model .* must be rewritten"):
+        export_inference(t, inputs, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
 
 
 def test_fixed_batch(tmp_path: Path) -> None:
