@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,8 @@ def run_demo(
     _check_folder(out)
     recipe = DIGITS_RECIPE if data is None else CIFAR_RECIPE
     recipe = recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs)
-    console = console or Console()
+    # Without a terminal rich assumes 80 columns, too few for three seeds.
+    console = console or (Console() if sys.stdout.isatty() else Console(width=140))
     with console.status("reading the images"):
         images = (load_digits() if data is None else load_cifar10(data)).limited(limit)
     results, last = _train_all(images, recipe, seeds, console)
