@@ -221,8 +221,9 @@ class RegionRunner:
         self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
     ) -> CompiledRegion:
         specs = self._specs(inputs, batch)
-        key = (self.region.name, graph is self.frozen, specs, self._baked(), torch.is_autocast_enabled("cpu"))
-        frozen = not self.owner.training
+        frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
+        frozen_norms = graph is self.frozen
+        key = (self.region.name, frozen, frozen_norms, specs, self._baked(), torch.is_autocast_enabled("cpu"))
         return cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen)
 
     def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
