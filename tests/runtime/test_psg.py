@@ -1,0 +1,207 @@
+"""PSG and low precision in whole models, against integer references that do not use the operators."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import e2pass
+from e2pass.transformed import Transformed
+from tests.zoo import ZOO, call, conv_residual, image_net, tensors
+
+UNIT = e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit"), bits=e2pass.Bits())
+MODELS = ("preact_resnet", "residual_mlp", "vit", "gpt2")
+
+
+@functools.cache
+def prepared(name: str, config: str) -> Transformed:
+    model, inputs = ZOO[name].make()
+    return e2pass.transform(model, inputs, config={"psg": e2pass.PRESETS["psg"], "unit": UNIT}.get(config, config))
+
+
+def gradients(t: Transformed, name: str) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of the outputs, on a copy."""
+    model = copy.deepcopy(t.model)
+    _, inputs = ZOO[name].make()
+    generator = torch.Generator().manual_seed(1)
+    outputs = [o for o in tensors(call(model, inputs)) if o.requires_grad]
+    torch.stack([(o * torch.randn(o.shape, generator=generator)).sum() for o in outputs]).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def predicted_weights(t: Transformed) -> set[str]:
+    return {d.node for d in t.diagnostics.with_code("E2P410")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unit_gradients_are_signs_and_the_others_are_those_of_8_bits(name: str) -> None:
+    t = prepared(name, "unit")
+    weights = predicted_weights(t)
+    assert len(weights) >= 4
+    found, eight = gradients(t, name), gradients(prepared(name, "8bit"), name)
+    assert found.keys() == eight.keys()
+    for parameter, gradient in found.items():
+        if parameter in weights:
+            assert set(gradient.unique().tolist()) <= {-1.0, 0.0, 1.0}, parameter
+            assert gradient.any(), parameter
+        else:
+            torch.testing.assert_close(
+                gradient, eight[parameter], rtol=1e-5, atol=1e-7, msg=lambda m, p=parameter: p + m
+            )
+    left = {d.node: d.message for d in t.diagnostics.with_code("E2P411")}
+    assert set(found) <= weights | set(left) | {n for n, p in t.model.named_parameters() if p.dim() < 2}
+    assert all(reason for reason in left.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mean_scale_is_one_magnitude_a_weight(name: str) -> None:
+    t = prepared(name, "psg")
+    weights = predicted_weights(t)
+    found, unit = gradients(t, name), gradients(prepared(name, "unit"), name)
+    for parameter in weights & found.keys():
+        magnitudes = found[parameter].abs().unique()
+        nonzero = magnitudes[magnitudes > 0]
+        assert len(nonzero) == 1, parameter
+        assert torch.equal(found[parameter].sign(), unit[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", ["shared_block", "tied_embedding", "gpt2"])
+def test_tied_weights_are_signed_once(name: str) -> None:
+    t = prepared(name, "unit")
+    weights = predicted_weights(t)
+    found, eight = gradients(t, name), gradients(prepared(name, "8bit"), name)
+    for parameter in weights & found.keys():
+        assert set(found[parameter].unique().tolist()) <= {-1.0, 0.0, 1.0}, parameter
+    for parameter, gradient in found.items():
+        if parameter not in weights:
+            torch.testing.assert_close(gradient, eight[parameter], rtol=1e-5, atol=1e-7)
+    if name == "shared_block":
+        assert {"block.body.0.0.weight", "block.body.2.0.weight"} <= weights
+
+
+# An independent reference: integer codes in int64, products in float64
+
+
+def codes_of(x: Tensor, bits: int) -> tuple[Tensor, float]:
+    limit = 2 ** (bits - 1) - 1
+    scale = (x.detach().abs().max() / limit).item()
+    return torch.clamp(torch.round(x.detach() / scale), -limit, limit).long(), scale
+
+
+def high_part(codes: Tensor, bits: int, keep: int) -> Tensor:
+    step = 2 ** (bits - keep)
+    rounded = torch.floor(codes.double() / step + 0.5).long()
+    return rounded.clamp(max=2 ** (keep - 1) - 1) * step
+
+
+def weight_gradient(layer: nn.Module, x: Tensor, gy: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        shape = tuple(layer.weight.shape)
+        return torch.nn.grad.conv2d_weight(x.double(), shape, gy.double(), layer.stride, layer.padding)
+    return torch.einsum("bi,bo->oi", x.double(), gy.double())
+
+
+LAYERS = [
+    (lambda: nn.Linear(12, 10), (16, 12)),
+    (lambda: nn.Conv2d(3, 5, 3, 2, 1), (4, 3, 9, 9)),
+    (lambda: nn.Conv2d(4, 6, 1, bias=False), (4, 4, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "conv", "pointwise"])
+@pytest.mark.parametrize("beta", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("scale", ["unit", "mean"])
+def test_one_layer_against_integer_arithmetic(make, shape: tuple[int, ...], beta: float, scale: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    psg = e2pass.PSG(beta=beta, scale=scale)
+    t = e2pass.transform(layer, x, config=e2pass.Config(smd=None, slu=None, psg=psg))
+    output = t.model(x)
+    (xc, xs), (wc, ws) = codes_of(x, 8), codes_of(layer.weight, 8)
+    reference = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        reference.weight.copy_(wc.double() * ws)
+    torch.testing.assert_close(output.double(), reference(xc.double() * xs), rtol=1e-5, atol=1e-5)
+
+    gy = torch.randn(output.shape)
+    output.backward(gy)
+    gc, gs = codes_of(gy, 16)
+    predicted = weight_gradient(layer, high_part(xc, 8, 4), high_part(gc, 16, 10)) * xs * gs
+    full = weight_gradient(layer, xc, gc) * xs * gs
+    tau = beta * predicted.abs().max()
+    confident = predicted.abs() >= tau
+    sign = torch.where(confident, predicted, full).sign()
+    clear = (predicted.abs() - tau).abs() > 1e-5 * predicted.abs().max()
+    clear &= torch.where(confident, predicted, full).abs() > 1e-5 * full.abs().max()
+    assert clear.float().mean() > 0.8
+    actual = t.model.get_parameter("weight").grad
+    assert actual is not None
+    assert torch.equal(actual.sign()[clear].double(), sign[clear])
+    magnitude = predicted.abs().mean().item() if scale == "mean" else 1.0
+    assert actual.abs().max().item() == pytest.approx(magnitude, rel=1e-4)
+    stats = t.stats()["psg"]["weight"]
+    ties = (~clear).sum().item() / clear.numel()
+    assert stats["use"] == pytest.approx(confident.double().mean().item(), abs=ties + 1e-9)
+    agree = (predicted.sign() == full.sign())[confident].double().mean().item()
+    assert stats["agreement"] == pytest.approx(agree, abs=2 * ties + 1e-9)
+    if layer.bias is not None:
+        expected = gy.flatten(2).sum((0, 2)) if gy.dim() == 4 else gy.sum(0)
+        torch.testing.assert_close(t.model.get_parameter("bias").grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "conv", "pointwise"])
+def test_input_gradients_of_8_bits_against_integer_arithmetic(make, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    t = e2pass.transform(layer, x, config="8bit")
+    leaf = x.clone().requires_grad_()
+    output = t.model(leaf)
+    gy = torch.randn(output.shape)
+    output.backward(gy)
+    wc, ws = codes_of(layer.weight, 8)
+    gc, gs = codes_of(gy, 16)
+    reference = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        reference.weight.copy_(wc.double() * ws)
+    again = x.double().requires_grad_()
+    reference(again).backward(gc.double() * gs)
+    assert leaf.grad is not None
+    assert again.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_freezes_the_scales_of_training() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 10), torch.randn(16, 12)
+    t = e2pass.transform(layer, x, config="8bit")
+    t.model(x)  # the first batch sets the running scale
+    _, xs = codes_of(x, 8)
+    wc, ws = codes_of(layer.weight, 8)
+    probe = torch.cat([0.1 * torch.randn(3, 12), torch.full((1, 12), 50.0)])  # small values, and some that saturate
+    codes = torch.clamp(torch.round(probe / xs), -127, 127)
+    expected = (codes.double() * xs) @ (wc.double() * ws).T + layer.bias.double()
+    t.model.eval()
+    torch.testing.assert_close(t.model(probe).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(t.model(probe[:1]), t.model(probe)[:1])  # a sample's result is its own
+
+
+def test_training_with_predicted_signs_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 10, (64,))
+    t = e2pass.transform(image_net(conv_residual(8), nn.ReLU()), x[:8], config="psg")
+    optimizer = torch.optim.SGD(t.param_groups(lr=0.1), momentum=0.9)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(t.model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.85 * losses[0]
+    for weight in t.stats()["psg"].values():
+        assert 0 < weight["use"] <= 1
+        assert weight["agreement"] > 0.75
