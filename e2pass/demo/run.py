@@ -18,7 +18,7 @@ from e2pass.errors import InputError
 from e2pass.transformed import Transformed
 
 DIGITS_RECIPE = Recipe()
-CIFAR_RECIPE = Recipe(epochs=10, depth=20, batch_size=128, lr=0.1)
+CIFAR_RECIPE = Recipe(epochs=10, depth=20, batch_size=128)
 
 
 def run_demo(

@@ -40,7 +40,7 @@ class Recipe:
     epochs: int = 20
     depth: int = 14
     batch_size: int = 32
-    lr: float = 0.05
+    lr: float = 0.1
     gates_lr: float = 0.005
     weight_decay: float = 5e-4
     config: str = "e2train"
