@@ -1,0 +1,249 @@
+"""State: keys, resuming, copies, pickles, averages; whose parameters are whose."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import e2pass
+from e2pass.transformed import Transformed
+from tests.zoo import ENTRIES, ZOO, Entry, conv_residual, image_net
+
+FULL = e2pass.Config(smd=e2pass.SMD(p=0.3), slu=e2pass.SLU(skip=0.4), psg=e2pass.PSG(), bits=e2pass.Bits())
+SLU_ONLY = e2pass.Config(smd=None, slu=e2pass.SLU(skip=0.4), psg=None, bits=None)
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return image_net(conv_residual(8), nn.ReLU(), conv_residual(8), nn.ReLU())
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(43, 3, 8, 8, generator=generator)
+    return TensorDataset(x, torch.randint(0, 10, (43,), generator=generator))
+
+
+def transformed(config: e2pass.Config = FULL, with_loader: bool = True) -> Transformed:
+    loader = DataLoader(data(), batch_size=6, shuffle=True) if with_loader and config.smd is not None else None
+    return e2pass.transform(small_resnet(), torch.randn(6, 3, 8, 8), loader, config=config)
+
+
+def optimizer_of(t: Transformed) -> torch.optim.Optimizer:
+    return torch.optim.SGD(t.param_groups(lr=0.05, weight_decay=1e-3), momentum=0.9)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[Tensor]) -> float:
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def endless(loader: Any) -> Iterator[list[Tensor]]:
+    while True:
+        yield from loader
+
+
+@pytest.mark.parametrize("psg", [True, False], ids=["e2train", "smd+slu"])
+def test_a_run_resumed_in_the_middle_of_an_epoch_has_bit_equal_losses(psg: bool) -> None:
+    config = FULL if psg else e2pass.Config(smd=e2pass.SMD(p=0.3), slu=e2pass.SLU(), psg=None, bits=None)
+    t = transformed(config)
+    optimizer = optimizer_of(t)
+    batches = endless(t.loader)
+    for batch in islice(batches, 8):
+        step(t.model, optimizer, batch)
+    file = io.BytesIO()
+    torch.save((t.state_dict(), optimizer.state_dict()), file)
+    expected = [step(t.model, optimizer, batch) for batch in islice(batches, 10)]
+
+    torch.manual_seed(99)  # whatever the new process does before it resumes
+    again = transformed(config)
+    resumed = optimizer_of(again)
+    file.seek(0)
+    state, optimizer_state = torch.load(file, weights_only=False)
+    again.load_state_dict(state)
+    resumed.load_state_dict(optimizer_state)
+    actual = [step(again.model, resumed, batch) for batch in islice(endless(again.loader), 10)]
+    assert actual == expected
+    for name, value in t.model.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(again.model.state_dict()[name], value), name
+    assert again.stats()["slu"] == t.stats()["slu"]
+
+
+def test_a_taken_state_does_not_change_with_training() -> None:
+    t = transformed()
+    state = copy.deepcopy(t.state_dict())
+    held = t.state_dict()
+    for _ in zip(range(3), endless(t.loader), strict=False):
+        pass
+    assert held["loader"] == state["loader"]
+
+
+def test_state_of_something_else_is_refused() -> None:
+    t = transformed()
+    with pytest.raises(e2pass.E2PassError, match=r"has no .*loader"):
+        t.load_state_dict({"model": {}})
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+def test_keys_of_the_original_survive(entry: Entry) -> None:
+    original, inputs = entry.make()
+    keys = list(original.state_dict())
+    parameters = [n for n, _ in original.named_parameters()]
+    t = e2pass.transform(original, inputs, config="neutral", inplace=True)
+    ours = [k for k in t.model.state_dict() if not k.startswith("e2_")]
+    assert ours == keys
+    assert [n for n, _ in t.model.named_parameters() if not n.startswith("e2_")] == parameters
+    fresh, _ = entry.make()
+    with torch.no_grad():
+        for parameter in t.model.parameters():
+            parameter.add_(0.5)
+    unwrapped = t.unwrap()
+    assert type(unwrapped) is type(fresh)
+    assert list(unwrapped.state_dict()) == keys
+    assert str(fresh.load_state_dict(unwrapped.state_dict())) == "<All keys matched successfully>"
+    for name, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, t.model.get_parameter(name)), name
+
+
+def test_a_checkpoint_of_the_original_loads_into_the_transformed_model() -> None:
+    t = transformed(SLU_ONLY)
+    other = small_resnet()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    result = t.model.load_state_dict(other.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all(k.startswith("e2_") for k in result.missing_keys)
+    torch.testing.assert_close(t.unwrap().eval()(torch.ones(2, 3, 8, 8)), other.eval()(torch.ones(2, 3, 8, 8)))
+
+
+def by_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))  # type: ignore[no-any-return]
+
+
+def by_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+def by_average(model: nn.Module) -> nn.Module:
+    return AveragedModel(model).module  # type: ignore[no-any-return]
+
+
+COPIES = (copy.deepcopy, by_pickle, by_save, by_average)
+
+
+@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("config", ["neutral", SLU_ONLY, FULL], ids=["neutral", "slu", "full"])
+def test_copies_equal_and_train_on_their_own(
+    duplicate: Callable[[nn.Module], nn.Module], config: e2pass.Config | str
+) -> None:
+    resolved = e2pass.PRESETS[config] if isinstance(config, str) else config
+    t = transformed(resolved)
+    x, y = data()[:6]
+    step(t.model, optimizer_of(t), [x, y])  # statistics, scales and controller have moved
+    twin = duplicate(t.model)
+    assert twin.training
+    for name, value in t.model.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(twin.state_dict()[name], value), name
+    assert torch.equal(copy.deepcopy(twin).eval()(x), copy.deepcopy(t.model).eval()(x))
+    before = copy.deepcopy(t.model.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    losses = [step(twin, optimizer, [x, y]) for _ in range(3)]
+    assert len(set(losses)) == 3
+    for name, value in before.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(t.model.state_dict()[name], value), f"training the copy changed {name}"
+    first = next(iter(dict(t.model.named_parameters())))
+    assert not torch.equal(twin.get_parameter(first), t.model.get_parameter(first))
+
+
+@pytest.mark.parametrize("duplicate", COPIES)
+def test_copies_take_the_same_step_as_the_model(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    t = transformed(with_loader=False)
+    batch = list(data()[:6])
+    step(t.model, optimizer_of(t), batch)
+    twin = duplicate(t.model)
+    runs = []
+    for model in (t.model, twin):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        runs.append([step(model, optimizer, batch) for _ in range(3)])
+    assert runs[0] == runs[1]
+
+
+def test_averaged_model_averages() -> None:
+    t = transformed(SLU_ONLY)
+    average = AveragedModel(t.model)
+    optimizer = optimizer_of(t)
+    weights = []
+    name = next(n for n, _ in t.model.named_parameters())
+    for _ in range(3):
+        step(t.model, optimizer, list(data()[:6]))
+        average.update_parameters(t.model)
+        weights.append(t.model.get_parameter(name).detach().clone())
+    torch.testing.assert_close(average.module.get_parameter(name).detach(), torch.stack(weights).mean(0))
+    assert average.eval()(data()[:4][0]).shape == (4, 10)
+
+
+def test_saved_file_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
+    t = transformed(SLU_ONLY)
+    torch.save(t.model, tmp_path / "model.pt")
+    torch.save(t.model.state_dict(), tmp_path / "state.pt")
+    weights = sum(v.numel() * v.element_size() for v in t.model.state_dict().values() if isinstance(v, Tensor))
+    names = sum(1 for _ in t.model.state_dict())
+    assert (tmp_path / "model.pt").stat().st_size < 2 * weights + 2000 * names
+
+
+def test_the_callers_model_is_unchanged() -> None:
+    model = small_resnet()
+    modules, state = list(model.named_modules()), copy.deepcopy(model.state_dict())
+    t = e2pass.transform(model, torch.randn(6, 3, 8, 8), config=e2pass.PRESETS["psg"])
+    step(t.model, optimizer_of(t), list(data()[:6]))
+    assert list(model.named_modules()) == modules
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(k.startswith("e2") for k in vars(model))
+
+
+def test_inplace_shares_the_callers_parameters() -> None:
+    model = small_resnet()
+    keys = list(model.state_dict())
+    t = e2pass.transform(model, torch.randn(6, 3, 8, 8), config=SLU_ONLY, inplace=True)
+    assert all(t.model.get_parameter(n) is p for n, p in model.named_parameters())
+    before = copy.deepcopy(model.state_dict())
+    step(t.model, optimizer_of(t), list(data()[:6]))
+    assert list(model.state_dict()) == keys
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert "e2_slu" not in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("name", ["tied_embedding", "shared_block", "gpt2"])
+def test_tied_parameters_stay_tied(name: str) -> None:
+    model, inputs = ZOO[name].make()
+    t = e2pass.transform(model, inputs, config="neutral")
+    for twin in (t.model, copy.deepcopy(t.model), by_pickle(t.model), t.unwrap()):
+        groups = [
+            sorted(n for n, q in owner.named_parameters(remove_duplicate=False) if q is p)
+            for owner in (model, twin)
+            for _, p in owner.named_parameters()
+            if not _.startswith("e2_")
+        ]
+        assert groups[: len(groups) // 2] == groups[len(groups) // 2 :]
