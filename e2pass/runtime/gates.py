@@ -58,6 +58,8 @@ class SLUGates(nn.Module):
 
     GAIN = 0.2
     """Integral gain of the controller per step; a unit of price moves the open share by about 0.4."""
+    LIMIT = 4.0
+    """Bound of the price: beyond it every gate decides the same, and an integral would only wind up."""
     MOMENTUM = 0.05
     """Of the running statistics of each gate's logit."""
     ALPHA = 0.1
@@ -124,14 +126,16 @@ class SLUGates(nn.Module):
         return mask, h, c
 
     def _standardise(self, gate: Gate, logit: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                # The first batch sets the statistics, later ones average in: gates tell inputs apart at once.
-                momentum = self.MOMENTUM if int(self.steps) > 0 else 1.0
-                gate.logit_mean.lerp_(logit.mean(), momentum)
-                if logit.numel() > 1:
-                    gate.logit_var.lerp_(logit.var(), momentum)
-        return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
+        if not (self.training and torch.is_grad_enabled() and logit.numel() > 1):
+            return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
+        # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
+        # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
+        mean, var = logit.mean(), logit.var(correction=0)
+        with torch.no_grad():
+            momentum = self.MOMENTUM if int(self.steps) > 0 else 1.0
+            gate.logit_mean.lerp_(mean, momentum)
+            gate.logit_var.lerp_(var, momentum)
+        return (logit - mean) / (var + 1e-8).sqrt()
 
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
@@ -173,6 +177,7 @@ class SLUGates(nn.Module):
             with torch.no_grad():
                 executed = torch.stack([self.weight[i] * (s > 0).float().mean() for i, s in self._executed]).sum()
                 self.price += self.GAIN * (executed - (1.0 - self.target))
+                self.price.clamp_(-self.LIMIT, self.LIMIT)
                 self.steps += 1
 
     def reset_statistics(self) -> None:
