@@ -7,8 +7,9 @@ straight-through estimator needs no code of its own. Backward keeps the integer 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from e2pass.config import Bits
@@ -97,7 +98,6 @@ class _Rewriter:
         self.codes: dict[tuple[fx.Node, Role], tuple[fx.Node, fx.Node]] = {}
         self.values: dict[tuple[fx.Node, Role, bool, tuple[fx.Node, ...]], fx.Node] = {}
         self.scales: list[fx.Node] = []
-        self.rewritten: list[Product] = []
         placeholders = self.graph.find_nodes(op="placeholder")
         self.last_placeholder = placeholders[-1]
         self.names = {n: key for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "param"}
@@ -110,7 +110,7 @@ class _Rewriter:
             product.node.update_arg(operand.index, value)
             operands[operand.index] = Codes(codes, scale, getattr(self.bits, operand.role))
         product.node.meta["e2_operands"] = operands
-        self.rewritten.append(product)
+        self._replace_shape_only_argument(product)
 
     def _quantize(self, operand: Operand, product: Product) -> tuple[fx.Node, fx.Node]:
         key = (operand.base, operand.role)
@@ -168,22 +168,20 @@ class _Rewriter:
                 self.values[key] = replay(self.graph, self.values[plain], operand.chain)
         return self.values[key]
 
-    def _drop_shape_only_argument(self, product: Product) -> None:
-        """convolution_backward reads its third tensor for the shape alone: give it one that backward has anyway."""
+    def _replace_shape_only_argument(self, product: Product) -> None:
+        """convolution_backward reads its third tensor for the shape alone: keep its codes for that, not the tensor."""
         node = product.node
-        if len(node.args) < 11:
+        if node.target is not torch.ops.aten.convolution_backward.default:
             return
         unused = ({0, 1, 2} - {o.index for o in product.operands}).pop()
-        source = node.args[unused]
-        for (base, _, backward, _), value in self.values.items():
-            if base is source and backward and value < node:
-                node.update_arg(unused, value)
-                return
+        source: Any = node.args[unused]
+        for role in (Role.X, Role.W):
+            if (source, role) in self.codes:
+                operand = Operand(unused, source, (), role)
+                node.update_arg(unused, self._value(operand, product, *self.codes[source, role]))
 
     def finish(self) -> None:
         """Return the activation scales, so that the owner can keep running averages; drop what became dead."""
-        for product in self.rewritten:
-            self._drop_shape_only_argument(product)
         outputs, values = list(self.joint.outputs), self.joint.output_nodes()
         for i, scale in enumerate(self.scales):
             values.append(scale)
