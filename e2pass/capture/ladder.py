@@ -89,7 +89,7 @@ def capture(model: nn.Module, inputs: Inputs, diagnostics: Diagnostics) -> Captu
         raise InputError(f"the model is a {type(model).__name__}; an instance of torch.nn.Module is needed")
     if any(torch.nn.parameter.is_lazy(t) for t in [*model.parameters(), *model.buffers()]):
         raise InputError(f"{type(model).__name__} has lazy parameters without shapes; call it once before")
-    with rng_kept(), model_kept(model):
+    with torch.inference_mode(False), torch.enable_grad(), rng_kept(), model_kept(model):
         return _Ladder(model, inputs, diagnostics).climb()
 
 
@@ -107,17 +107,30 @@ class _Ladder:
     def climb(self) -> Capture:
         """Try one rung after the other."""
         reasons: list[str] = []
+        narrow: tuple[Capture, Diagnostics] | None = None
         for name, make in self._rungs():
             try:
                 with model_kept(self._work):
                     draft = make()
-                result = self._finish(draft)
+                result, remarks = self._finish(draft)
             except (RungError, CaptureError) as error:
                 reasons.append(f"{name}: {error}")
                 continue
-            self._report(result, reasons)
+            refused = self._refused_batches(draft, remarks)
+            if refused:  # a rung below may hold for every batch
+                reasons.append(f"{name}: the graph does not hold for other batch sizes such as {refused[0]}")
+                narrow = result, remarks
+                continue
+            self._report(result, remarks, reasons)
             return result
-        raise CaptureError(f"{type(self._model).__name__} cannot be captured: " + "; ".join(reasons))
+        if narrow is not None:
+            self._report(*narrow, [reason for reason in reasons if not reason.startswith(narrow[0].rung + ":")])
+            return narrow[0]
+        *others, last = (reason.partition(": ")[2] for reason in reasons)
+        failure = CaptureError(f"{type(self._model).__name__} cannot be captured: {last}")
+        for other in others:
+            failure.add_note(f"tried before: {other}")
+        raise failure
 
     def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
         yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding)
@@ -128,6 +141,18 @@ class _Ladder:
         inputs = self._inputs.with_batch(max(2, self._inputs.batch_size))
         tensors = self._binding.bind(*_fresh(inputs))
         return exported.draft(self._work, self._binding, tensors, [inputs.is_batched(t) for t in tensors])
+
+    def _refused_batches(self, draft: Draft, remarks: Diagnostics) -> list[int]:
+        """Batch sizes near the example's that the graph does not hold for; farther ones are only remarked on."""
+        allows, batch = draft.allows_batch, self._inputs.batch_size
+        if allows is None:
+            return []
+        near = {size for size in (batch - 1, batch + 1, 2 * batch) if size > 1}
+        refused = sorted(size for size in {2, max(2, batch // 2)} | near if not allows(size))
+        if refused:
+            sizes = ", ".join(map(str, refused))
+            remarks.warn("E2P111", "", f"the graph does not hold for batch sizes such as {sizes}")
+        return [size for size in refused if size in near]
 
     def _run_original(self) -> tuple[Inputs, tuple[Run, Run]]:
         """Run the model in both modes on a small batch, or on the whole example where a small one does not do."""
@@ -147,7 +172,7 @@ class _Ladder:
         tensors = self._binding.bind(*_fresh(inputs))
         return run_model(self._work, self._binding.call_with(tensors), training)
 
-    def _finish(self, draft: Draft) -> Capture:
+    def _finish(self, draft: Draft) -> tuple[Capture, Diagnostics]:
         """Give a draft its modules and shapes, and prove it."""
         remarks = Diagnostics()
         graphs = _split_modes(draft.graphs, self._work)
@@ -161,10 +186,8 @@ class _Ladder:
             problem = difference(self._expected[mode], self._run_graph(shell, draft, self._proof, mode == 0))
             if problem:
                 raise RungError(f"the graph is not equal to the model in {_MODES[mode]} mode: {problem}")
-        self._restrict(draft, shells[-1])
         final = [graft(self._model, shell.graph, draft.constants) for shell in shells]
-        self._diagnostics.extend(dict.fromkeys(remarks))
-        return Capture(
+        result = Capture(
             train=final[0],
             eval=final[-1],
             rung=draft.rung,
@@ -172,9 +195,10 @@ class _Ladder:
             fake_mode=world.mode,
             symbolic_batch=world.symbolic and world.batch_is_symbolic,
             leaves=draft.leaves,
-            _binding=self._binding,
+            _binding=self._restricted(draft, shells[-1]),
             _rebuild=draft.rebuild,
         )
+        return result, remarks
 
     def _run_graph(self, shell: fx.GraphModule, draft: Draft, inputs: Inputs, training: bool) -> Run:
         rebuild = draft.rebuild[0 if training else 1]
@@ -184,14 +208,16 @@ class _Ladder:
         except Exception as error:
             raise RungError(f"the graph does not run: {explain(error)}") from error
 
-    def _restrict(self, draft: Draft, shell: fx.GraphModule) -> None:
-        """Let the binding refuse calls that the graph does not hold for."""
+    def _restricted(self, draft: Draft, shell: fx.GraphModule) -> Binding:
+        """Return a binding that refuses the calls that the graph does not hold for."""
         allows = draft.allows_batch
         if draft.sizes is None or allows is None:
-            return
+            return self._binding
         one = self._equal_for_one(draft, shell)
-        self._binding.fix_sizes(draft.sizes)
-        self._binding.restrict_batch(lambda batch: one if batch == 1 else allows(batch))
+        binding = copy.copy(self._binding)
+        binding.fix_sizes(draft.sizes)
+        binding.restrict_batch(lambda batch: one if batch == 1 else allows(batch))
+        return binding
 
     def _equal_for_one(self, draft: Draft, shell: fx.GraphModule) -> bool:
         """Whether an exported graph also holds for one sample, which no symbol stands for."""
@@ -241,12 +267,13 @@ class _Ladder:
         except Exception as error:
             raise RungError(explain(error)) from error
 
-    def _report(self, result: Capture, reasons: Sequence[str]) -> None:
+    def _report(self, result: Capture, remarks: Diagnostics, reasons: Sequence[str]) -> None:
         self._diagnostics.info("E2P100", "", f"captured by {result.rung}")
         for reason in reasons:
             self._diagnostics.info("E2P101", "", f"not captured by {reason}")
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
+        self._diagnostics.extend(dict.fromkeys(remarks))
 
 
 def _split_modes(graphs: tuple[fx.Graph, fx.Graph], model: nn.Module) -> list[fx.Graph]:
