@@ -11,7 +11,8 @@ class ResidualBlock:
 
     Attributes:
         name: Longest common module path of the body, made unique; the join's node name where there is none.
-        kind: ``identity`` (the skip is the fork itself) or ``projection`` (a linear skip such as a 1x1 convolution).
+        kind: ``identity`` (the skip is the fork itself), ``projection`` (a linear skip such as a 1x1 convolution) or
+            ``nonlinear`` (the skip holds a nonlinearity; gated only on request).
         nodes: Names of the body's graph nodes, in execution order: what a closed gate does not run.
         gated: Whether a gate decides about this block.
         reason: Why it is not gated; ``""`` where it is.

@@ -7,7 +7,7 @@ The training graph hands a cost model one ``OpSite`` per operation; the model an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -152,6 +152,3 @@ class CostModel(Protocol):
     def sources(self) -> Mapping[str, str]:
         """Every number the model uses, by key, with where it comes from."""
         ...
-
-
-CostFormula = Callable[[OpSite, Any], OpCost | Free | Unsupported]

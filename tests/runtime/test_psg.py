@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 import e2pass
 from e2pass.transformed import Transformed
@@ -49,9 +50,7 @@ def test_unit_gradients_are_signs_and_the_others_are_those_of_8_bits(name: str) 
             assert set(gradient.unique().tolist()) <= {-1.0, 0.0, 1.0}, parameter
             assert gradient.any(), parameter
         else:
-            torch.testing.assert_close(
-                gradient, eight[parameter], rtol=1e-5, atol=1e-7, msg=lambda m, p=parameter: p + m
-            )
+            torch.testing.assert_close(gradient, eight[parameter], rtol=1e-5, atol=1e-7, msg=parameter)
     left = {d.node: d.message for d in t.diagnostics.with_code("E2P411")}
     assert set(found) <= weights | set(left) | {n for n, p in t.model.named_parameters() if p.dim() < 2}
     assert all(reason for reason in left.values())
@@ -95,14 +94,17 @@ def codes_of(x: Tensor, bits: int) -> tuple[Tensor, float]:
 def high_part(codes: Tensor, bits: int, keep: int) -> Tensor:
     step = 2 ** (bits - keep)
     rounded = torch.floor(codes.double() / step + 0.5).long()
-    return rounded.clamp(max=2 ** (keep - 1) - 1) * step
+    high: Tensor = rounded.clamp(max=2 ** (keep - 1) - 1) * step
+    return high
 
 
 def weight_gradient(layer: nn.Module, x: Tensor, gy: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         shape = tuple(layer.weight.shape)
-        return torch.nn.grad.conv2d_weight(x.double(), shape, gy.double(), layer.stride, layer.padding)
-    return torch.einsum("bi,bo->oi", x.double(), gy.double())
+        weight: Tensor = conv2d_weight(x.double(), shape, gy.double(), layer.stride, layer.padding)
+        return weight
+    product: Tensor = torch.einsum("bi,bo->oi", x.double(), gy.double())
+    return product
 
 
 LAYERS = [
