@@ -281,9 +281,9 @@ def _op_name(node: fx.Node) -> str:
 
 
 def _origin(node: fx.Node) -> dict[str, str]:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack else ""
-    path = "" if path == _MODEL else path.removeprefix(f"{_MODEL}.")
+    entered = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    inside = [path for path in entered if path == _MODEL or path.startswith(f"{_MODEL}.")]  # torch adds others
+    path = inside[-1].removeprefix(_MODEL).removeprefix(".") if inside else ""
     return {"e2_path": path, "e2_stack": line_of_trace(node.meta.get("stack_trace"))}
 
 

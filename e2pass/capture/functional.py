@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from e2pass.capture.shapes import ShapeWorld
 from e2pass.diagnostics import Diagnostics
 
-_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -52,10 +52,9 @@ _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
     nn.Dropout1d: (F.dropout1d, ("p",)),
     nn.Dropout2d: (F.dropout2d, ("p",)),
     nn.Dropout3d: (F.dropout3d, ("p",)),
-    nn.AlphaDropout: (F.alpha_dropout, ("p",)),
-    nn.FeatureAlphaDropout: (F.feature_alpha_dropout, ("p",)),
 }
-_BY_MODE = {F.rrelu, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_NEVER_IN_PLACE = (nn.AlphaDropout, nn.FeatureAlphaDropout)  # they ignore their own flag
+_BY_MODE = {F.rrelu, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
 # These change sizes, strides or autograd state instead of values, or have no counterpart of the same meaning.
 _NOT_VALUES = frozenset(
@@ -224,7 +223,7 @@ def _first(node: fx.Node) -> fx.Node | None:
 
 def _of_module(node: fx.Node, module: nn.Module, training: bool) -> _InPlace | None:
     written = _first(node)
-    if not getattr(module, "inplace", False) or written is None:
+    if not getattr(module, "inplace", False) or written is None or isinstance(module, _NEVER_IN_PLACE):
         return None
     known = _MODULES.get(type(module))
     if known is None or module._forward_hooks or module._forward_pre_hooks:
@@ -266,10 +265,10 @@ def _of_function(node: fx.Node) -> _InPlace | None:
     written = _first(node)
     if written is None:
         return None
-    if target in _OPERATORS:
+    if target in IN_PLACE_OPERATORS:
         if not isinstance(written.meta.get("val"), torch.Tensor):
             return None
-        return _InPlace(written, _Rewrite("call_function", _OPERATORS[target], node.args, dict(node.kwargs)))
+        return _InPlace(written, _Rewrite("call_function", IN_PLACE_OPERATORS[target], node.args, dict(node.kwargs)))
     if target is operator.setitem:
         return _InPlace(written, None)
     out = node.kwargs.get("out")

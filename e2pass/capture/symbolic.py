@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from e2pass.capture.binding import Binding
+from e2pass.capture.functional import IN_PLACE_OPERATORS
 from e2pass.capture.origin import current_line, explain, line_of_error
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
 from e2pass.errors import CaptureError
@@ -23,6 +24,21 @@ _TRACED_INTO = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as the write that it is; ``fx.Proxy`` would make it ``x = x + y`` and lose it for aliases."""
+
+
+def _recorder(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -50,6 +66,10 @@ class _Tracer(fx.Tracer):
             return root(*call.args, **call.kwargs)
 
         return run, [self.root]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make a proxy that knows in-place operators."""
+        return _Proxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that knows its module and its source line."""
