@@ -26,7 +26,7 @@ _TRACED_INTO = (
 )
 
 
-class _Proxy(fx.Proxy):
+class Proxy(fx.Proxy):
     """Records ``x += y`` as the write that it is; ``fx.Proxy`` would make it ``x = x + y`` and lose it for aliases."""
 
 
@@ -38,7 +38,7 @@ def _recorder(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
 
 
 for _function in IN_PLACE_OPERATORS:
-    setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
+    setattr(Proxy, f"__{_function.__name__}__", _recorder(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make a proxy that knows in-place operators."""
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that knows its module and its source line."""
