@@ -155,7 +155,8 @@ def _refuse_gaps(program: Program) -> None:
 
 def _module(program: Program) -> E2Module:
     config = program.config
-    cache = LoweringCache(program.rewrites) if config.bits is not None else None
+    opaque = {r.name for r in program.plans["train"].regions} - program.lowered.keys()
+    cache = LoweringCache(program.rewrites, opaque) if config.bits is not None else None
     executable = Executable(
         capture=program.capture,
         plans=program.plans,

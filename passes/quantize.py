@@ -135,8 +135,11 @@ class _Rewriter:
         return self.codes[key]
 
     def _scale_name(self, product: Product) -> str:
+        """Name of the quantizer, alike in training and evaluation: the weight it meets first, and which use of it."""
         weight = next((o.base for o in product.operands if o.role is Role.W), None)
-        return self.names[weight] if weight is not None else product.node.name
+        name = self.names[weight] if weight is not None else product.node.name
+        uses = sum(held.partition("#")[0] == name for held in self.joint.scales)
+        return f"{name}#{uses + 1}" if uses else name
 
     def _running_scale(self, product: Product) -> fx.Node:
         self.joint.scales.append(self._scale_name(product))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from e2pass.errors import LoweringError
 from e2pass.lowering import ValueSpec, lower
 from e2pass.lowering.joint import Joint
+from e2pass.parameters import region_parameters
 from e2pass.plan import Region
 from e2pass.runtime.region import CompiledRegion, CountSink
 
@@ -29,10 +31,11 @@ class LoweringCache:
     batch size that violates one gets a graph of its own.
     """
 
-    def __init__(self, rewrites: Sequence[Callable[[Joint, bool], None]]) -> None:
+    def __init__(self, rewrites: Sequence[Callable[[Joint, bool], None]], opaque: Collection[str] = ()) -> None:
+        """Keep the ``rewrites`` of every lowering; ``opaque`` regions could not be lowered, as diagnostics say."""
         self.rewrites = tuple(rewrites)
         self.entries: dict[tuple[Any, ...], list[CompiledRegion]] = {}
-        self.failed: dict[str, str] = {}
+        self.failed = set(opaque)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweringCache:
         return self
@@ -74,6 +77,7 @@ class RegionRunner:
         modules = {n.target: owner.get_submodule(n.target) for n in region.graph.find_nodes(op="call_module")}
         self.modules = [m for root in modules.values() for m in root.modules()]
         self.norms = [m for m in self.modules if isinstance(m, _NORMS)]
+        self.parameters = [_slot(owner, name) for name in region_parameters(region, owner)]
         self.statistics = [*self._module_statistics(modules), *self._functional_statistics()]
 
     def __call__(
@@ -104,8 +108,13 @@ class RegionRunner:
             try:
                 return self._run_lowered(self.cache, graph, inputs, batch, share, overrides, on_counts, on_scales)
             except LoweringError as error:
-                self.cache.failed[self.region.name] = str(error)
+                self._give_up(self.cache, error)
                 return self._run_eager(graph, inputs, share)
+
+    def _give_up(self, cache: LoweringCache, error: LoweringError) -> None:
+        """Run as plain PyTorch from now on, and say so: no diagnostic of ``transform`` did."""
+        cache.failed.add(self.region.name)
+        warnings.warn(f"region {self.region.name} runs in full precision: {error}", stacklevel=2)
 
     @contextmanager
     def _norms_in_evaluation(self, wanted: bool) -> Iterator[None]:
@@ -197,7 +206,7 @@ class RegionRunner:
         try:
             return self._find(self.cache, self.eager, inputs, batch)
         except LoweringError as error:
-            self.cache.failed[self.region.name] = str(error)
+            self._give_up(self.cache, error)
             return None
 
     def arguments(
@@ -249,8 +258,8 @@ class RegionRunner:
 
     def _baked(self) -> tuple[Any, ...]:
         settings = tuple((m.training, getattr(m, "momentum", None), getattr(m, "p", None)) for m in self.modules)
-        wants = tuple(p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None)
-        return settings, wants
+        parameters = [registry[leaf] for registry, leaf in self.parameters]
+        return settings, tuple((p.requires_grad, p.dtype, p.device) for p in parameters)
 
     def _running_scale(self, name: str) -> Tensor:
         return self.owner.e2_scales.get(self.region.name, name)  # type: ignore[union-attr, no-any-return, operator]

@@ -34,8 +34,7 @@ class RunningScales(nn.Module):
 
     def update(self, region: str, names: Sequence[str], scales: Sequence[Tensor]) -> None:
         """Average in the scales of one execution; the first one counts in full."""
-        if tuple(names) != self.names.get(region):
-            return
         buffer: Tensor = self._buffers[region]  # type: ignore[assignment]
-        fresh = torch.stack([s.detach().to(buffer.dtype) for s in scales])
-        buffer.copy_(torch.where(buffer == 0, fresh, buffer.lerp(fresh, self.MOMENTUM)))
+        index = torch.tensor([self.names[region].index(name) for name in names], device=buffer.device)
+        fresh, held = torch.stack([s.detach().to(buffer.dtype) for s in scales]), buffer[index]
+        buffer[index] = torch.where(held == 0, fresh, held.lerp(fresh, self.MOMENTUM))

@@ -207,3 +207,35 @@ def test_training_with_predicted_signs_lowers_the_loss() -> None:
     for weight in t.stats()["psg"].values():
         assert 0 < weight["use"] <= 1
         assert weight["agreement"] > 0.75
+
+
+def test_freezing_after_the_transform_is_seen_on_the_export_rung() -> None:
+    model, inputs = ZOO["vit"].make()
+    t = e2pass.transform(model, inputs, config="8bit")
+    weight = t.model.get_parameter("classifier.weight")
+    for wanted in (True, False, True):
+        weight.requires_grad_(wanted)
+        weight.grad = None
+        tensors(call(t.model, inputs))[0].square().sum().backward()
+        assert (weight.grad is not None) == wanted
+
+
+def test_each_use_of_a_weight_has_a_running_scale_of_its_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(100 * self.layer(x))
+            return y
+
+    x = torch.randn(4, 8)
+    t = e2pass.transform(Twice(), x, config="8bit")
+    t.model(x)
+    scales = t.model.e2_scales
+    assert scales is not None
+    assert scales.names["trunk_0"] == ("layer.weight", "layer.weight#2")
+    assert scales.get("trunk_0", "layer.weight#2") > 5 * scales.get("trunk_0", "layer.weight")
+    trained = t.model(x)
+    torch.testing.assert_close(t.model.eval()(x), trained)
