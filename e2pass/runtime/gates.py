@@ -40,10 +40,13 @@ class Gate(nn.Module):
         self.logit_var: Tensor
 
     def pool(self, x: Tensor) -> Tensor:
-        """Average (B, ..., C, ...) over everything but samples and features, detached: gates do not steer features."""
+        """Average (B, ..., C, ...) over everything but samples and features, detached: gates do not steer features.
+
+        The result has the gate's own type, which is float32 whatever the model computes in.
+        """
         dims = [d for d in range(1, x.dim()) if d != self.channel_dim]
         x = x.detach()
-        return x.mean(dims) if dims else x
+        return (x.mean(dims) if dims else x).to(self.embed.weight.dtype)
 
 
 class SLUGates(nn.Module):
@@ -112,6 +115,10 @@ class SLUGates(nn.Module):
         """
         if self.kind != "learned":
             return self._fixed(index, fork)
+        with torch.autocast(fork.device.type, enabled=False):
+            return self._learned(index, fork, previous)
+
+    def _learned(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         gate: Gate = self.gates[index]  # type: ignore[assignment]
         features = gate.embed(gate.pool(fork))
         state = None if previous is None else (previous[1], previous[2])

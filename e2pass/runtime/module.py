@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from e2pass.capture import Capture
 from e2pass.config import Config
+from e2pass.errors import E2PassError
 from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.merge import merge_gathered, merge_masked
@@ -104,6 +105,8 @@ class E2Module(nn.Module):
     def execute(self, args: Sequence[Any], kwargs: dict[str, Any], *, masked: bool) -> Any:
         """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero."""
         executable = self._executable
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise E2PassError("a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there")
         values: dict[str, Any] = dict(zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True))
         run = _Run(self, values, masked)
         if self.e2_slu is not None:

@@ -232,7 +232,7 @@ class RegionRunner:
         specs = self._specs(inputs, batch)
         frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
         frozen_norms = graph is self.frozen
-        key = (self.region.name, frozen, frozen_norms, specs, self._baked(), torch.is_autocast_enabled("cpu"))
+        key = (self.region.name, frozen, frozen_norms, specs, self._baked(), _autocast(inputs))
         return cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen)
 
     def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
@@ -263,6 +263,12 @@ class RegionRunner:
 
     def _running_scale(self, name: str) -> Tensor:
         return self.owner.e2_scales.get(self.region.name, name)  # type: ignore[union-attr, no-any-return, operator]
+
+
+def _autocast(inputs: Sequence[Tensor]) -> torch.dtype | None:
+    """The type that autocast computes in where the inputs are, None where it is off."""
+    kind = inputs[0].device.type if inputs else "cpu"
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _training_norms(graph: fx.Graph) -> list[fx.Node]:
