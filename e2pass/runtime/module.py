@@ -106,7 +106,9 @@ class E2Module(nn.Module):
         """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero."""
         executable = self._executable
         if torch._C._functorch.maybe_current_level() is not None:
-            raise E2PassError("a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there")
+            raise E2PassError(
+                "a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there"
+            )
         values: dict[str, Any] = dict(zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True))
         run = _Run(self, values, masked)
         if self.e2_slu is not None:
