@@ -21,6 +21,7 @@ from e2pass.step_cost import (
     coverage_of,
     price_step,
 )
+from e2pass.variant import Variant
 
 if TYPE_CHECKING:
     import os
@@ -105,6 +106,9 @@ class CostReport:
         board: Name of the board.
         baseline: The model as it was, in fp32.
         transformed: The transformed model; None where only an analysis was asked for.
+        alone: The step with each technique alone, where a configuration was priced.
+        stages: The step with one technique more each time, in the order SMD, SLU, low precision, PSG; the last of them
+            is the transformed step.
         assumptions: What the figures rest on (rates, optimizer, loss, and what the cost model takes for granted).
         sources: Every number of the cost model by key, with where it comes from.
     """
@@ -112,6 +116,8 @@ class CostReport:
     board: str
     baseline: StepCost
     transformed: StepCost | None = None
+    alone: tuple[Variant, ...] = ()
+    stages: tuple[Variant, ...] = ()
     assumptions: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -20,8 +20,9 @@ from rich.text import Text
 from e2pass.cost import Phase, Technique
 from e2pass.errors import InputError
 from e2pass.report import BASIS, CostReport, CostRow, FreeOp, StepCost, Totals, UnpricedOp
+from e2pass.variant import Variant
 
-SCHEMA = "e2pass/cost-report/1"
+SCHEMA = "e2pass/cost-report/2"
 SHOWN_UNPRICED = 12
 
 
@@ -111,6 +112,8 @@ def to_json(report: CostReport) -> str:
         "coverage": {k: v for k, v in asdict(report.coverage).items() if k != "unpriced"},
         **{name: None for name in ("baseline", "transformed")},
         **{name: _step_to_json(step) for name, step in report.steps.items()},
+        "alone": [asdict(variant) for variant in report.alone],
+        "stages": [asdict(variant) for variant in report.stages],
     }
     return json.dumps(data, indent=1, allow_nan=False, default=str) + "\n"
 
@@ -134,6 +137,8 @@ def from_json(text: str) -> CostReport:
             data["board"],
             _step_from_json(data["baseline"]),
             None if after is None else _step_from_json(after),
+            tuple(_variant_from_json(variant) for variant in data["alone"]),
+            tuple(_variant_from_json(variant) for variant in data["stages"]),
             data["assumptions"],
             data["sources"],
         )
@@ -166,6 +171,12 @@ def _step_from_json(data: Mapping[str, Any]) -> StepCost:
         tuple(UnpricedOp(**op) for op in data["unpriced"]),
         data["dram"],
     )
+
+
+def _variant_from_json(data: Mapping[str, Any]) -> Variant:
+    sums = ("by_phase", "by_technique", "by_layer", "by_block")
+    found = {key: {k: Totals(**v) for k, v in data[key].items()} for key in sums}
+    return Variant(**{**data, **found, "totals": Totals(**data["totals"]), "techniques": tuple(data["techniques"])})
 
 
 def _csv_lines(step: StepCost) -> Iterator[dict[str, Any]]:

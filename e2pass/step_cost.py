@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from e2pass.cost import CostModel, Free, OpCost, OpSite, Phase, Technique, Unsupported
 
@@ -85,6 +86,11 @@ class Totals:
     time_s: float = 0.0
     macs: float = 0.0
     dram_bytes: float = 0.0
+
+    @property
+    def average_power_w(self) -> float:
+        """Watts: joules by seconds; 0 where no time passes."""
+        return self.energy_j / self.time_s if self.time_s else 0.0
 
     def plus(self, row: CostRow, dram: str) -> Totals:
         """Return these totals with one more row."""
@@ -198,6 +204,24 @@ class StepCost:
         return found
 
 
+class UnitPrices:
+    """What a cost model answers, each question asked once: operations that differ in name and place cost the same."""
+
+    def __init__(self, model: CostModel) -> None:
+        self.model = model
+        self._known: dict[Hashable, OpCost | Free | Unsupported] = {}
+
+    def of(self, site: OpSite) -> OpCost | Free | Unsupported:
+        """Price of one execution of ``site``."""
+        key = (site.op, site.args, tuple(sorted(site.kwargs.items())), site.outputs)
+        try:
+            if key in self._known:
+                return self._known[key]
+        except TypeError:  # an argument that cannot be hashed
+            return self.model.cost(site)
+        return self._known.setdefault(key, self.model.cost(site))
+
+
 def price_step(sites: Iterable[OpSite], model: CostModel) -> StepCost:
     """Price every operation of a training step; the time is linear in their number.
 
@@ -207,43 +231,25 @@ def price_step(sites: Iterable[OpSite], model: CostModel) -> StepCost:
         sites: The operations, each with its expected executions per nominal step.
         model: What prices one execution.
     """
-    known: dict[Hashable, OpCost | Free | Unsupported] = {}
+    prices = UnitPrices(model)
     rows: list[CostRow] = []
     free: list[FreeOp] = []
     unpriced: list[UnpricedOp] = []
     for site in sites:
-        cost = _cost(site, model, known)
+        cost = prices.of(site)
         if isinstance(cost, Free):
             free.append(FreeOp(site.name, site.op, cost.reason))
         elif isinstance(cost, Unsupported):
-            unpriced.append(_unpriced(site, cost))
+            unpriced.append(unpriced_op(site, cost.reason, site.probability))
         else:
             rows.append(_row(site, cost))
     return StepCost(tuple(rows), tuple(free), tuple(unpriced), model.dram)
 
 
-def _cost(
-    site: OpSite, model: CostModel, known: dict[Hashable, OpCost | Free | Unsupported]
-) -> OpCost | Free | Unsupported:
-    key = (site.op, site.args, tuple(sorted(site.kwargs.items())), site.outputs)
-    try:
-        if key in known:
-            return known[key]
-    except TypeError:  # an argument that cannot be hashed
-        return model.cost(site)
-    return known.setdefault(key, model.cost(site))
-
-
 def _row(site: OpSite, cost: OpCost) -> CostRow:
     p = site.probability
     return CostRow(
-        name=site.name,
-        op=site.op,
-        region=site.region,
-        layer=site.layer,
-        block=site.block,
-        phase=site.phase,
-        technique=site.technique,
+        **placed(site),
         probability=p,
         macs=cost.macs * p,
         alu_ops=cost.alu_ops * p,
@@ -254,12 +260,23 @@ def _row(site: OpSite, cost: OpCost) -> CostRow:
     )
 
 
-def _unpriced(site: OpSite, cost: Unsupported) -> UnpricedOp:
+def placed(site: OpSite) -> dict[str, Any]:
+    """The fields of a row that say what and where its operation is."""
+    return {
+        "name": site.name,
+        "op": site.op,
+        "region": site.region,
+        "layer": site.layer,
+        "block": site.block,
+        "phase": site.phase,
+        "technique": site.technique,
+    }
+
+
+def unpriced_op(site: OpSite, reason: str, probability: float) -> UnpricedOp:
+    """What is listed in place of a price."""
     moved = sum(t.bytes for t in (*site.inputs, *site.outputs))
-    return UnpricedOp(
-        site.name, site.op, cost.reason, site.probability, moved * site.probability,
-        _estimated_macs(site) * site.probability,
-    )  # fmt: skip
+    return UnpricedOp(site.name, site.op, reason, probability, moved * probability, _estimated_macs(site) * probability)
 
 
 def _estimated_macs(site: OpSite) -> float:

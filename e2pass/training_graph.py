@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -12,25 +12,9 @@ from torch import fx
 from e2pass.cost import OpSite
 from e2pass.dump import dump
 from e2pass.lowering.partition import Halves
+from e2pass.rates import PredictorHardware, Rates
 
-
-@dataclass(frozen=True)
-class Rates:
-    """How often things happen in one nominal step.
-
-    Attributes:
-        drop: Share of mini-batches dropped.
-        skip: Share of samples that skip each gated block, by gate index.
-        use: Share of weight gradients that are predicted, by weight; ``default_use`` for the others.
-        default_use: As reported in the paper at beta = 0.05 ("at least 60 %").
-        source: ``assumed`` or ``measured``.
-    """
-
-    drop: float = 0.0
-    skip: Mapping[int, float] = field(default_factory=dict)
-    use: Mapping[str, float] = field(default_factory=dict)
-    default_use: float = 0.6
-    source: str = "assumed"
+STANDARD = PredictorHardware()
 
 
 @dataclass(frozen=True)
@@ -43,6 +27,9 @@ class GraphNode:
         gate: Index of the gate that decides about it, None if it always runs.
         full_dw: Weight whose full gradient it computes beside a predictor, ``""`` if none.
         operands: Names of the nodes it reads.
+        half: The same operation on half the batch, which tells the price of a sample from that of entering the block;
+            None where no gate decides about it, or the batch size is baked into the graph.
+        coasts: Whether it happens in a dropped step too.
     """
 
     site: OpSite
@@ -50,24 +37,34 @@ class GraphNode:
     gate: int | None = None
     full_dw: str = ""
     operands: tuple[str, ...] = ()
+    half: OpSite | None = None
+    coasts: bool = False
 
     @property
     def name(self) -> str:
         """Unique name, ``region/node``."""
         return self.site.name
 
-    def probability(self, rates: Rates) -> float:
-        """Expected executions per nominal step."""
-        p = self.site.probability * (1.0 - rates.drop)
-        if self.gate is not None:
-            p *= 1.0 - rates.skip.get(self.gate, 0.0)
-        if self.full_dw:
-            p *= 1.0 - rates.use.get(self.full_dw, rates.default_use)
-        return p
+    @property
+    def per_sample(self) -> bool:
+        """Whether it does more for more samples; False for what happens once for a batch that enters a block."""
+        return self.half is None or (self.half.args, self.half.outputs) != (self.site.args, self.site.outputs)
 
-    def at(self, rates: Rates) -> OpSite:
-        """The site with its probability at ``rates``."""
-        return replace(self.site, probability=self.probability(rates))
+    def executions(self, rates: Rates, hardware: PredictorHardware = STANDARD) -> tuple[float, float]:
+        """Expected executions per nominal step: of what happens once for a batch, and of what each sample adds."""
+        often = self.site.probability
+        if self.full_dw:
+            often *= hardware.full_share(rates.predicted(self.full_dw))
+        kept, dropped = 1.0 - rates.drop, rates.drop if self.coasts else 0.0
+        return (
+            often * (kept * rates.entered(self.gate) + dropped),
+            often * (kept * rates.executed(self.gate) + dropped),
+        )
+
+    def probability(self, rates: Rates, hardware: PredictorHardware = STANDARD) -> float:
+        """Expected executions per nominal step."""
+        once, each = self.executions(rates, hardware)
+        return each if self.per_sample else once
 
 
 class TrainingGraph:

@@ -15,10 +15,11 @@ from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, InputError
 from e2pass.program import Program
+from e2pass.rates import PredictorHardware, Rates
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.module import E2Module
-from e2pass.training_graph import Rates, TrainingGraph
+from e2pass.training_graph import STANDARD, TrainingGraph
 from e2pass.training_step import TrainingStep, assumed_rates, build_graph
 from e2pass.verification import VerifyReport, verify
 
@@ -88,16 +89,17 @@ class Transformed:
             groups.append({"name": "gates", "params": list(self._slu.parameters()), "lr": lr, "weight_decay": 0.0})
         return [g for g in groups if g["params"]]
 
-    def report(self, rates: str = "assumed") -> CostReport:
+    def report(self, rates: str = "assumed", *, hardware: PredictorHardware = STANDARD) -> CostReport:
         """Modelled cost of one nominal step, before and after.
 
         Args:
             rates: ``assumed`` (the configured targets) or ``measured`` (what this run did so far).
+            hardware: What the board does with predicted weight gradients; matters with PSG only.
         """
         if rates not in ("assumed", "measured"):
             raise ConfigError(f"rates = {rates!r} is not allowed; choose 'assumed' or 'measured'")
         chosen = assumed_rates(self._program) if rates == "assumed" else self._measured_rates()
-        return self._step.report(self._program, chosen)
+        return self._step.report(self._program, chosen, hardware)
 
     def _measured_rates(self) -> Rates:
         assumed = assumed_rates(self._program)
@@ -115,7 +117,7 @@ class Transformed:
             if not counts:
                 raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
             use = {name: float(c[0] / c[2]) for name, c in counts.items()}
-        return Rates(drop, skip, use, assumed.default_use, "measured")
+        return Rates(drop, skip, use, assumed.default_use, assumed.batch, "measured")
 
     def stats(self) -> dict[str, Any]:
         """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and ``psg`` (predictor use, sign agreement)."""

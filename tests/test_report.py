@@ -57,7 +57,13 @@ def price(sites: list[OpSite], model: CostModel | None = None) -> StepCost:
 def report(*, with_transformed: bool = True, odd: bool = False) -> CostReport:
     before = [*SITES, op("r0/e", "odd")] if odd else SITES
     after = price([op("r0/a", probability=0.25)]) if with_transformed else None
-    return CostReport("fixed", price(before), after, {"rates": "assumed", "loss": "cross-entropy"}, Fixed().sources())
+    return CostReport(
+        "fixed",
+        price(before),
+        after,
+        assumptions={"rates": "assumed", "loss": "cross-entropy"},
+        sources=Fixed().sources(),
+    )
 
 
 def test_totals_are_expectations() -> None:
@@ -188,12 +194,12 @@ def test_json_round_trip(tmp_path: Path) -> None:
         assert CostReport.from_json(tmp_path / "r.json") == full
         assert CostReport.from_json(str(tmp_path / "r.json")) == full
     data = json.loads(text)
-    assert data["schema"] == "e2pass/cost-report/1"
+    assert data["schema"] == "e2pass/cost-report/2"
     assert data["baseline"]["totals"]["energy_j"] == 5
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", '{"schema": "e2pass/cost-report/9"}', '{"schema": "e2pass/cost-report/1"}']
+    "text", ["{", "{}", '{"schema": "e2pass/cost-report/9"}', '{"schema": "e2pass/cost-report/2"}']
 )
 def test_text_that_is_no_report_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="cost report"):
