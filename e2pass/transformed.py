@@ -27,15 +27,15 @@ from e2pass.verification import VerifyReport, verify
 class GateSetting:
     """A change of all gates, in force since it was made; as a context manager it is undone on exit."""
 
-    def __init__(self, slu: SLUGates, kind: str) -> None:
-        self._slu, self._before = slu, slu.kind
-        slu.kind = kind
+    def __init__(self, slu: SLUGates, kind: str, sampled: bool) -> None:
+        self._slu, self._before = slu, (slu.kind, slu.sampled)
+        slu.kind, slu.sampled = kind, sampled
 
     def __enter__(self) -> GateSetting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._slu.kind = self._before
+        self._slu.kind, self._slu.sampled = self._before
 
 
 class Transformed:
@@ -119,6 +119,12 @@ class Transformed:
             use = {name: float(c[0] / c[2]) for name, c in counts.items()}
         return Rates(drop, skip, use, assumed.default_use, assumed.batch, "measured")
 
+    def reset_stats(self) -> None:
+        """Begin to count anew what ``stats()`` reports of gates and predictors; the controller keeps its state."""
+        if self._slu is not None:
+            self._slu.reset_statistics()
+        self.model.e2_counts.counts.clear()
+
     def stats(self) -> dict[str, Any]:
         """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and ``psg`` (predictor use, sign agreement)."""
         found: dict[str, Any] = {}
@@ -157,17 +163,25 @@ class Transformed:
             raise ConfigError("there are no gates, so there is no compute term; transform with slu=e2pass.SLU()")
         return self._slu.cost_term()
 
-    def set_gates(self, kind: str) -> GateSetting:
+    def set_gates(self, kind: str, *, sampled: bool = False) -> GateSetting:
         """Make every gate ``learned``, ``open``, ``closed`` or ``random``, from now on or within a ``with`` block.
 
+        Args:
+            kind: What decides.
+            sampled: Random gates go on throwing their dice in evaluation, where they otherwise run every block and
+                weigh it with its survival rate.
+
         Raises:
-            ConfigError: For another kind, or where the model has no gates.
+            ConfigError: For another kind, for other gates than random ones that are to be sampled, or where the model
+                has no gates.
         """
         if kind not in get_args(GateKind):
             raise ConfigError(f"gates cannot be {kind!r}; the kinds are {', '.join(get_args(GateKind))}")
         if self._slu is None:
             raise ConfigError("there are no gates to set; transform with slu=e2pass.SLU() a model with residual blocks")
-        return GateSetting(self._slu, kind)
+        if sampled and kind != "random":
+            raise ConfigError(f"only random gates can be sampled, not {kind!r} ones")
+        return GateSetting(self._slu, kind, sampled)
 
     def verify(self) -> VerifyReport:
         """Run the equality proofs on the example inputs; the model's state is the same afterwards."""

@@ -88,14 +88,7 @@ def load_cifar10(path: str | Path) -> Images:
     Raises:
         InputError: If the file is missing or not of this form, or Pillow is not installed.
     """
-    arrays = _arrays(Path(path))
-    labels, train = arrays["label"].astype(np.int64), arrays["train"].astype(bool)
-    if len(arrays["offsets"]) != len(labels) + 1 or len(train) != len(labels):
-        raise InputError(
-            f"{path} holds {len(labels)} labels, {len(train)} training flags and {len(arrays['offsets'])} offsets; "
-            "there must be as many flags as labels, and one offset more"
-        )
-    pixels = _decode(Path(path), arrays["jpeg"], arrays["offsets"])
+    pixels, labels, train = read_cifar10(path)
     parts = []
     for chosen in (train, ~train):
         index = np.random.default_rng(0).permutation(np.flatnonzero(chosen))
@@ -106,6 +99,22 @@ def load_cifar10(path: str | Path) -> Images:
         parts.append(TensorDataset(_normalised(pixels[index]), torch.from_numpy(labels[index])))
     note = "The images were stored as JPEG: accuracies are a little below those on the original files."
     return Images("CIFAR-10", parts[0], parts[1], note)
+
+
+def read_cifar10(path: str | Path) -> tuple[Any, Any, Any]:
+    """The decoded images (N, 32, 32, 3) as bytes, labels (N,) and training flags (N,), in the order of the file.
+
+    Raises:
+        InputError: As ``load_cifar10``.
+    """
+    arrays = _arrays(Path(path))
+    labels, train = arrays["label"].astype(np.int64), arrays["train"].astype(bool)
+    if len(arrays["offsets"]) != len(labels) + 1 or len(train) != len(labels):
+        raise InputError(
+            f"{path} holds {len(labels)} labels, {len(train)} training flags and {len(arrays['offsets'])} offsets; "
+            "there must be as many flags as labels, and one offset more"
+        )
+    return _decode(Path(path), arrays["jpeg"], arrays["offsets"]), labels, train
 
 
 def _arrays(path: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class SLUGates(nn.Module):
     Attributes:
         target: Target skip ratio: share of the gated blocks' energy that is not spent.
         kind: ``learned``, ``open``, ``closed`` or ``random``.
+        sampled: Random gates throw their dice in evaluation too.
         weight: Energy share of each gated block, summing to 1; buffer.
         price: The controller's price of energy, in units of the standardised logit; buffer.
     """
@@ -74,6 +75,7 @@ class SLUGates(nn.Module):
         """Create one gate per ``(features, channel_dim)``."""
         super().__init__()
         self.kind, self.target, self.inject = kind, target, inject
+        self.sampled = False
         self.gates = nn.ModuleList(Gate(f, hidden, dim) for f, dim in features)
         self.lstm = nn.LSTMCell(hidden, hidden)
         self.head = nn.Linear(hidden, 1)
@@ -147,7 +149,7 @@ class SLUGates(nn.Module):
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
         empty = fork.new_zeros(())
-        if self.kind == "random" and self.training:
+        if self.kind == "random" and (self.training or self.sampled):
             generator = torch.Generator().set_state(self.random_state.cpu())
             mask = torch.rand(batch, generator=generator).to(fork.device) >= self.target
             self.random_state.copy_(generator.get_state())
@@ -160,7 +162,8 @@ class SLUGates(nn.Module):
     @property
     def survival(self) -> float:
         """Factor of a block's output in evaluation: stochastic depth's expected value, else 1."""
-        return 1.0 - self.target if self.kind == "random" and not self.training else 1.0
+        expected = self.kind == "random" and not self.training and not self.sampled
+        return 1.0 - self.target if expected else 1.0
 
     def _record(self, index: int, mask: Tensor, score: Tensor | None) -> None:
         opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
