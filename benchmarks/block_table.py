@@ -1,7 +1,11 @@
 """Residual blocks found and expected, over pytorchcv and transformers models: writes ``docs/blocks.md``.
 
     python benchmarks/block_table.py            # goes on where it was stopped; state in out/block_table.jsonl
+    python benchmarks/block_table.py --at-most 10           # ten models more; the table lists what there is
     python benchmarks/block_table.py --only resnet20,ViT --again
+
+Each model is then transformed and compared with its original: with gates open in outputs, gradients and buffers, and in
+evaluation, each gate open for some samples and closed for others, skipped for real against multiplied by zero.
 
 The expected counts are committed: for pytorchcv in ``block_counts.csv``, whose column ``units`` names the classes of
 the residual units and the attributes that say whether a unit is residual, so that the count is checked against the
@@ -26,20 +30,35 @@ import torch
 import transformers
 from torch import nn
 
-from e2pass.capture import capture
+from e2pass.api import assemble
+from e2pass.capture import Capture, capture
+from e2pass.config import SLU, Config
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import E2PassError
 from e2pass.inputs import Inputs
+from e2pass.passes.find_residual_blocks import FindResidualBlocks
+from e2pass.passes.insert_gates import InsertGates
+from e2pass.passes.manager import PassManager
+from e2pass.passes.outline import Outline
 from e2pass.passes.residual import search
+from e2pass.program import Program
+from e2pass.verification import verify
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "out" / "block_table.jsonl"
+TOLERANCE = 1e-4
 TABLE = HERE.parent / "docs" / "blocks.md"
 
 
 @dataclass
 class Row:
-    """One model of the table; counts are None where the model could not be captured."""
+    """One model of the table; None stands for what could not be had.
+
+    Attributes:
+        open_difference: Largest relative difference to the original with gates open.
+        skip_difference: Largest relative difference between skipping for real and multiplying by zero.
+        skipped: Share of the gates' decisions in that comparison that were to skip.
+    """
 
     model: str
     expected: int
@@ -50,6 +69,9 @@ class Row:
     milliseconds: float = 0.0
     not_gated: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
+    open_difference: float | None = None
+    skip_difference: float | None = None
+    skipped: float | None = None
     error: str = ""
 
     @property
@@ -71,10 +93,11 @@ def count_units(model: nn.Module, rule: str) -> int:
 def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     """Capture a model in training mode and search it."""
     torch.manual_seed(0)
+    example = Inputs.of(inputs)
     try:
-        captured = capture(model.train(), Inputs.of(inputs), Diagnostics())
+        captured = capture(model.train(), example, Diagnostics())
     except E2PassError as error:
-        row.error = str(error).splitlines()[0]
+        row.error = f"not captured: {str(error).splitlines()[0]}"
         return
     started = time.perf_counter()
     found = search(captured.train)
@@ -88,6 +111,30 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     for join in found.rejected:
         reason = _general(join.reason)
         row.rejected[reason] = row.rejected.get(reason, 0) + 1
+    try:
+        compare(row, model, example, captured)
+    except (E2PassError, RuntimeError) as error:
+        row.error = f"not compared: {str(error).splitlines()[0]}"
+
+
+def compare(row: Row, model: nn.Module, inputs: Inputs, captured: Capture) -> None:
+    """Transform the captured model and compare it with the original."""
+    program = Program.of(model, inputs, Config(smd=None, slu=SLU(), psg=None, bits=None), captured)
+    PassManager([FindResidualBlocks(), InsertGates(), Outline()]).run(program)
+    module = assemble(program)
+    slu = module.e2_slu
+    if slu is not None:
+        with torch.random.fork_rng(devices=[]):
+            module(*inputs.args, **inputs.kwargs)  # the gates see what their logits look like
+        slu.price.zero_()  # every gate opens for the samples above its mean
+        slu.reset_statistics()
+    report = verify(module, program)
+    row.open_difference = max(p.difference for p in report.proofs if "gates open" in p.name)
+    if slu is not None:
+        row.skip_difference = max(p.difference for p in report.proofs if "for real" in p.name)
+        with torch.no_grad():
+            module.eval()(*inputs.args, **inputs.kwargs)
+        row.skipped = float(1 - slu.opened_eval.sum() / slu.decided_eval.sum())
 
 
 def _general(reason: str) -> str:
@@ -99,7 +146,21 @@ def _general(reason: str) -> str:
     return reason.replace("the operand a node", "an operand")
 
 
-def pytorchcv_rows(only: list[str], done: dict[str, Row]) -> list[Row]:
+class Turn:
+    """Which models are measured in this call."""
+
+    def __init__(self, only: list[str], at_most: int | None) -> None:
+        self.only, self.left = only, at_most
+
+    def takes(self, name: str) -> bool:
+        if (self.only and not any(part in name for part in self.only)) or self.left == 0:
+            return False
+        if self.left is not None:
+            self.left -= 1
+        return True
+
+
+def pytorchcv_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
     """Measure the models of ``block_counts.csv``; each in its own file, since the full list needs torchvision."""
     rows = []
     for entry in csv.DictReader((HERE / "block_counts.csv").open(encoding="utf-8")):
@@ -107,7 +168,7 @@ def pytorchcv_rows(only: list[str], done: dict[str, Row]) -> list[Row]:
         rule = "; ".join(part for part in (entry["units"], entry["note"]) if part)
         if name in done:
             rows.append(done[name])
-        elif _wanted(name, only):
+        elif turn.takes(name):
             file, constructor = name.split(".")
             model: nn.Module = getattr(importlib.import_module(f"pytorchcv.models.{file}"), constructor)()
             row = Row(name, int(entry["expected"]), rule)
@@ -119,14 +180,14 @@ def pytorchcv_rows(only: list[str], done: dict[str, Row]) -> list[Row]:
     return rows
 
 
-def transformer_rows(only: list[str], done: dict[str, Row]) -> list[Row]:
+def transformer_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
     """Measure the small random models of ``transformer_models.json``."""
     rows = []
     for entry in json.loads((HERE / "transformer_models.json").read_text(encoding="utf-8")):
         name = entry["model"]
         if name in done:
             rows.append(done[name])
-        elif _wanted(name, only):
+        elif turn.takes(name):
             config = getattr(transformers, entry["config"])(**entry["settings"])
             torch.manual_seed(0)
             row = Row(name, entry["expected"], entry["rule"])
@@ -146,21 +207,29 @@ def _inputs(wanted: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return made
 
 
-def _wanted(name: str, only: list[str]) -> bool:
-    return not only or any(part in name for part in only)
-
-
 def _keep(row: Row) -> Row:
     STATE.parent.mkdir(exist_ok=True)
     with STATE.open("a", encoding="utf-8") as state:
         state.write(json.dumps(asdict(row)) + "\n")
     verdict = "exact" if row.exact else f"expected {row.expected}"
-    print(f"{row.model}: {row.found} blocks, {row.gated} gated, {verdict} {row.error[:120]}", flush=True)
+    equal = f"differences {_difference(row.open_difference)}, {_difference(row.skip_difference)}"
+    print(f"{row.model}: {row.found} blocks, {row.gated} gated, {verdict}, {equal} {row.error[:120]}", flush=True)
     return row
+
+
+def _difference(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}" if value else "0"
 
 
 def _counts(reasons: dict[str, int]) -> str:
     return "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1]))
+
+
+def _within(rows: list[Row]) -> str:
+    """How many models are equal to their originals, in words."""
+    compared = [row for row in rows if row.open_difference is not None]
+    equal = [row for row in compared if max(row.open_difference or 0.0, row.skip_difference or 0.0) <= TOLERANCE]
+    return f"{len(equal)} of {len(compared)} are equal within {TOLERANCE:.0e}"
 
 
 def write_table(groups: dict[str, list[Row]]) -> None:
@@ -178,17 +247,23 @@ def write_table(groups: dict[str, list[Row]]) -> None:
         "",
         f"{exact} of {len(rows)} models exact ({exact / max(1, len(rows)):.1%}); gated blocks beyond the expected: "
         f"{excess}.",
+        "",
+        f"Each captured model was then transformed and compared with its original on two samples: {_within(rows)}.",
+        "The column *open* has the largest relative difference in outputs, gradients and buffers with gates open, in",
+        "training and evaluation; *skip* the one in evaluation between skipping for real and multiplying by zero, each",
+        "gate open for the samples above the mean of its logits.",
     ]
     for title, group in groups.items():
-        lines += ["", f"## {title}", "", "| model | captured by | found | expected | gated | rule | the rest |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        head = "model | captured by | found | expected | gated | open | skip | rule | the rest"
+        lines += ["", f"## {title}", "", f"| {head} |", f"|{'---|' * (head.count('|') + 1)}"]
         for row in group:
             rest = [f"not gated: {_counts(row.not_gated)}"] if row.not_gated else []
             rest += [f"no blocks: {_counts(row.rejected)}"] if row.rejected else []
-            rest += [f"not captured: {row.error}"] if row.error else []
+            rest += [row.error] if row.error else []
             found = "-" if row.found is None else str(row.found) if row.exact else f"**{row.found}**"
             gated = "-" if row.gated is None else str(row.gated)
-            cells = [f"`{row.model}`", row.capture or "-", found, str(row.expected), gated, row.rule, ". ".join(rest)]
+            cells = [f"`{row.model}`", row.capture or "-", found, str(row.expected), gated]
+            cells += [_difference(row.open_difference), _difference(row.skip_difference), row.rule, ". ".join(rest)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     unfinished = TABLE.with_suffix(".tmp")
     unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -198,6 +273,7 @@ def write_table(groups: dict[str, list[Row]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="parts of model names, separated by commas; writes no table")
+    parser.add_argument("--at-most", type=int, help="measure so many models in this call; the next call goes on")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
     only = [part for part in options.only.split(",") if part]
@@ -207,7 +283,8 @@ def main() -> None:
     elif STATE.exists():
         rows = (Row(**json.loads(line)) for line in STATE.read_text(encoding="utf-8").splitlines())
         done = {row.model: row for row in rows}
-    groups = {"transformers": transformer_rows(only, done), "pytorchcv": pytorchcv_rows(only, done)}
+    turn = Turn(only, options.at_most)
+    groups = {"transformers": transformer_rows(turn, done), "pytorchcv": pytorchcv_rows(turn, done)}
     if not only:
         write_table(groups)
 

@@ -79,7 +79,7 @@ def transform(
     PassManager(pipeline(settings, step)).run(program)
     if strict:
         _refuse_gaps(program)
-    module = _module(program)
+    module = assemble(program)
     return Transformed(module, program, step)
 
 
@@ -153,7 +153,8 @@ def _refuse_gaps(program: Program) -> None:
         raise StrictError("strict=True, and not everything could be transformed: " + "; ".join(map(str, gaps)))
 
 
-def _module(program: Program) -> E2Module:
+def assemble(program: Program) -> E2Module:
+    """The module that executes a program; at the least blocks must have been found and regions outlined."""
     config = program.config
     opaque = {r.name for r in program.plans["train"].regions} - program.lowered.keys()
     cache = LoweringCache(program.rewrites, opaque) if config.bits is not None else None
@@ -181,4 +182,4 @@ def restore(source: nn.Module, inputs: Inputs, config: Config) -> E2Module:
     """Transform an unpickled original again: pickles hold models and configurations, not graphs."""
     program = _program(source, inputs, config, inplace=True)
     PassManager(pipeline(config)).run(program)
-    return _module(program)
+    return assemble(program)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,13 +118,46 @@ class _Tracer(fx.Tracer):
             raise
 
 
+def _recordable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A plain function with a name of its own, which a graph needs of a call, that applies an autograd function."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    apply.__name__ = apply.__qualname__ = function.__name__
+    apply.__module__ = function.__module__
+    return apply
+
+
+@contextmanager
+def _autograd_functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
+    """Record each call of a user's ``autograd.Function`` as one operation: traced into, it would lose its backward."""
+    base: Any = torch.autograd.function._SingleLevelFunction
+    recorded: dict[type, Callable[..., Any]] = {}
+
+    def apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
+        if not any(isinstance(a, fx.Proxy) for a in args):
+            return super(base, cls).apply(*args)
+        if "mark_dirty" in cls.forward.__code__.co_names:
+            raise RungError(f"{cls.__name__} changes its input in place, which a graph does not show")
+        target = recorded.setdefault(cls, _recordable(cls))
+        return tracer.create_proxy("call_function", target, args, {})
+
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        del base.apply
+
+
 def _trace(
     model: nn.Module, binding: Binding, training: bool, leaves: frozenset[str], constants: dict[str, torch.Tensor]
 ) -> tuple[fx.Graph, _Tracer]:
     model.train(training)
     tracer = _Tracer(binding, leaves, constants)
     try:
-        graph = tracer.trace(model)
+        with _autograd_functions_recorded(tracer):
+            graph = tracer.trace(model)
     except Exception as error:
         line = line_of_error(error)
         why = f"{error}, at {line}" if isinstance(error, RungError) else explain(error)

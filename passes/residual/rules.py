@@ -81,7 +81,7 @@ def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = ()) -> Ca
     scales = _hourglass(dag, split, body, merges)
     refusal = _no_layer(dag, body) or _all_linear(dag, body) or scales or _loose_skip(dag, tree, split, body)
     rows = _rows(dag, split)
-    reservation = rows or _skip_path(dag, tree, split, body) or _scaled(dag, tree)
+    reservation = rows or _skip_path(split) or _scaled(dag, tree)
     return Candidate(tree, split, body, refusal, reservation, possible=not rows, merges_scales=bool(scales))
 
 
@@ -120,7 +120,7 @@ def _projection(dag: ActivationDag, operands: tuple[int, ...]) -> Split:
         )
     paths = {o: shortcut.trace(dag, fork, o) for o in operands if shortcut.is_short(dag, fork, o)}
     paths = {o: p for o, p in paths.items() if p.whole and p.contractions <= shortcut.MAX_PROJECTION_LAYERS}
-    linear = [o for o, p in paths.items() if p.linear or (p.plain and p.contractions > 0)]
+    linear = [o for o, p in paths.items() if p.plain]
     if len(linear) == len(operands):
         raise NoBodyError("all paths to the sum are linear: together they are one layer, not a body and a skip path")
     if len(linear) > 1:
@@ -197,19 +197,21 @@ def _hourglass(dag: ActivationDag, split: Split, body: Body, merges: Collection[
 
 
 def _loose_skip(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
-    """A skip path without weights, or one that is not linear, proves little: demand that nothing else branches off."""
-    if split.kind == IDENTITY or (split.kind == PROJECTION and split.path.contractions > 0):
+    """A skip path that pools, has no weights or is not linear proves little: demand that nothing else branches off.
+
+    What such a path computes on its way may be read elsewhere (DLA hands its pooled input on) where it is linear but
+    for max pools.
+    """
+    if split.kind == IDENTITY or (split.kind == PROJECTION and split.path.contractions > 0 and not split.path.pools):
         return ""
-    if not _is_closed(dag, tree, split, body):
+    region = frozenset({*body.nodes, *split.path.nodes, *tree.joins})
+    shared = split.path.nodes if split.kind == PROJECTION else frozenset[int]()
+    if not shortcut.is_closed(dag, split.fork, region, {tree.root, *shared}):
         return f"other paths leave between {dag.name(split.fork)} and the sum: one of several merges, not a skip path"
     layers = sum(dag.is_contraction(n) for n in body.nodes)
     if split.path.contractions >= layers:
         return "no path to the sum is shorter than the other: parallel branches, not a body and a skip path"
     return ""
-
-
-def _is_closed(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> bool:
-    return shortcut.is_closed(dag, split.fork, frozenset({*body.nodes, *split.path.nodes, *tree.joins}), tree.root)
 
 
 def _rows(dag: ActivationDag, split: Split) -> str:
@@ -220,14 +222,9 @@ def _rows(dag: ActivationDag, split: Split) -> str:
     return f"the rows of its input {shown} are not the samples of the batch, so that no sample can skip it"
 
 
-def _skip_path(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> str:
+def _skip_path(split: Split) -> str:
     if split.kind == NONLINEAR:
         return "its skip path is not linear: without the body it would be another layer, not a skip"
-    pools = any(dag.kind[n] is Kind.MAX_POOL for n in split.path.nodes)
-    if pools and not _is_closed(dag, tree, split, body):
-        return (
-            "its skip path holds a max pool and other paths leave its fork: it may be one of several merges of a cell"
-        )
     return ""
 
 

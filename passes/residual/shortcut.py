@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx
@@ -31,15 +32,15 @@ class Path:
     Attributes:
         nodes: Its activations.
         contractions: How many of them are convolutions or linear layers.
-        linear: Whether all of them are linear; average pooling and batch norm count as linear.
-        plain: Whether all that is not linear is a norm or a max pool, as projections have them.
+        pools: Whether some of them are max pools.
+        plain: Whether all that is not linear is a max pool or a norm beside a layer, as projections have them.
         enlarges: Whether some of them enlarge the feature map.
         whole: Whether the operand depends on the fork and on no other activation.
     """
 
     nodes: frozenset[int]
     contractions: int
-    linear: bool
+    pools: bool
     plain: bool
     enlarges: bool
     whole: bool
@@ -82,12 +83,13 @@ def trace(dag: ActivationDag, fork: int, operand: int) -> Path:
             continue
         seen.add(n)
         stack.extend(p for p in dag.before[n] if p != fork)
-    bent = [n for n in seen if not is_linear(dag, n)]
+    bent = {dag.kind[n] for n in seen if not is_linear(dag, n)}
+    contractions = sum(dag.is_contraction(n) for n in seen)
     return Path(
         nodes=frozenset(seen),
-        contractions=sum(dag.is_contraction(n) for n in seen),
-        linear=not bent,
-        plain=all(dag.kind[n] in (Kind.NORM, Kind.MAX_POOL) for n in bent),
+        contractions=contractions,
+        pools=Kind.MAX_POOL in bent,
+        plain=bent <= ({Kind.MAX_POOL, Kind.NORM} if contractions else {Kind.MAX_POOL}),
         enlarges=any(enlarges(dag, n) for n in seen),
         whole=whole,
     )
@@ -121,7 +123,7 @@ def strip(dag: ActivationDag, operand: int) -> int:
     return operand
 
 
-def is_closed(dag: ActivationDag, fork: int, inside: frozenset[int], output: int) -> bool:
-    """Whether everything that reads the fork, or a value of ``inside`` other than ``output``, is in ``inside``."""
-    region = [n for n in (fork, *inside) if n != output]
+def is_closed(dag: ActivationDag, fork: int, inside: frozenset[int], exits: Collection[int]) -> bool:
+    """Whether everything that reads the fork, or a value of ``inside`` that is none of ``exits``, is in ``inside``."""
+    region = [n for n in (fork, *inside) if n not in exits]
     return all(u in inside for n in region for u in dag.live_users(n) if dag.activation[u])

@@ -151,6 +151,30 @@ class CustomGradient(nn.Module):
         return Straight.apply(self.linear(x) * 5)  # type: ignore[no-untyped-call]
 
 
+class Doubling(torch.autograd.Function):
+    """Works in place; its gradient is not the one of what it does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient
+
+
+class DirtyGradient(nn.Module):
+    """A write that no graph would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return Doubling.apply(self.linear(x) * 5)  # type: ignore[no-untyped-call]
+
+
 class FreshNoise(nn.Module):
     """Draws numbers of a fixed size: tracing by calling would freeze them."""
 

@@ -20,6 +20,7 @@ from tests.capture.models import (
     BatchBranch,
     CustomGradient,
     DataDependent,
+    DirtyGradient,
     FreshNoise,
     Modal,
     Nested,
@@ -126,7 +127,7 @@ def test_regions_without_gradients_need_export() -> None:
     assert model.head.weight.grad is not None
 
 
-@pytest.mark.parametrize("inner", [DataDependent, Autocast, CustomGradient])
+@pytest.mark.parametrize("inner", [DataDependent, Autocast, DirtyGradient])
 def test_what_cannot_be_traced_becomes_a_leaf(inner: type[nn.Module]) -> None:
     model = Around(inner())
     result, diagnostics = taken(model, ROWS)
@@ -139,6 +140,20 @@ def test_what_cannot_be_traced_becomes_a_leaf(inner: type[nn.Module]) -> None:
     assert equal_in_training(model, result, Inputs.of(ROWS))
     output = result.train(*result.bind((ROWS,), {}))
     output.sum().backward()
+    ours = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model(ROWS).sum().backward()
+    for one, other in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
+def test_an_autograd_function_is_one_operation_with_its_own_gradient() -> None:
+    model = Around(CustomGradient())
+    result, _ = taken(model, ROWS)
+    assert result.rung == "symbolic_trace"
+    assert "Straight" in {getattr(node.target, "__name__", "") for node in result.train.graph.nodes}
+    assert equal_in_training(model, result, Inputs.of(ROWS))
+    result.train(*result.bind((ROWS,), {})).sum().backward()
     ours = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     model(ROWS).sum().backward()

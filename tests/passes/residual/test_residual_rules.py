@@ -55,6 +55,11 @@ def _ghost(m: Any, x: torch.Tensor) -> Any:
     return m.pw(F.relu(m.dw(h))) + m.g(F.relu(m.f(h)))
 
 
+def _pooled_skip(m: Any, x: torch.Tensor) -> Any:
+    down = F.max_pool2d(x, 2)
+    return torch.cat((down + m.f(x), down), 1)
+
+
 def _dead(m: Any, x: torch.Tensor) -> Any:
     pooled, _ = F.max_pool2d(m.f(x), 3, 1, 1, return_indices=True)
     return x + torch.sigmoid(pooled)
@@ -73,6 +78,11 @@ POSITIVE: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], list[tuple[str, s
     ),
     "projection with average pool": (
         Fn(lambda m, x: m.skip(F.avg_pool2d(x, 2)) + m.f(x), f=body(4, 6, 2), skip=conv(4, 6, 1)),
+        (IMAGE,),
+        [("f", "projection", "x")],
+    ),
+    "max pool as skip, read elsewhere too": (
+        Fn(_pooled_skip, f=body(4, 4, 2)),
         (IMAGE,),
         [("f", "projection", "x")],
     ),
@@ -155,15 +165,6 @@ NOT_GATED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str, str]] = {
         (IMAGE,),
         "nonlinear",
         "skip path is not linear",
-    ),
-    "pooled skip path in a cell": (
-        Fn(
-            lambda m, x: (lambda h: torch.cat((m.skip(F.max_pool2d(h, 3, 1, 1)) + m.f(h), m.g(h)), 1))(m.stem(x)),
-            **{"stem": conv(4), "f": body(4), "g": conv(4), "skip": conv(4, 4, 1)},
-        ),
-        (IMAGE,),
-        "projection",
-        "one of several merges of a cell",
     ),
     "rows that are not samples": (
         Fn(lambda m, x: (lambda h: h + m.f(h))(x.reshape(-1, 8)), f=mlp(8)),
@@ -324,6 +325,14 @@ REJECTED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]] = {
     ),
     "body that is also concatenated": (Fn(_dense, f=conv(4)), (IMAGE,), "another exit"),
     "body that is also returned": (Fn(_state, f=conv(4), g=conv(4)), (IMAGE,), "output of the model"),
+    "pooled skip path in a cell": (
+        Fn(
+            lambda m, x: (lambda h: torch.cat((m.skip(F.max_pool2d(h, 3, 1, 1)) + m.f(h), m.g(h)), 1))(m.stem(x)),
+            **{"stem": conv(4), "f": body(4), "g": conv(4), "skip": conv(4, 4, 1)},
+        ),
+        (IMAGE,),
+        "one of several merges",
+    ),
     "one of many merges of a cell": (
         Fn(_one_of_many, stem=conv(4), f=body(4), g=conv(4)),
         (IMAGE,),
