@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from e2pass.config import Bits as Bits
     from e2pass.config import Config as Config
     from e2pass.errors import E2PassError as E2PassError
+    from e2pass.graph_diff import diff as diff
 
 __version__ = "0.1.0.dev0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "SLU": "e2pass.config",
     "SMD": "e2pass.config",
     "analyze": "e2pass.api",
+    "diff": "e2pass.graph_diff",
     "transform": "e2pass.api",
 }
 

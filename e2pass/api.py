@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from e2pass.backends.fpga.model import FpgaCostModel
+from e2pass.backends.graph import GraphWriters
 from e2pass.capture import capture
 from e2pass.config import Config, resolve
 from e2pass.cost import CostModel
@@ -80,7 +81,7 @@ def transform(
     if strict:
         _refuse_gaps(program)
     module = assemble(program)
-    return Transformed(module, program, step)
+    return Transformed(module, program, step, GraphWriters())
 
 
 def analyze(

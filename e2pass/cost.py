@@ -16,6 +16,7 @@ from typing import Any, Protocol
 class Phase(StrEnum):
     """Which part of the training step an operation belongs to."""
 
+    DATA = "data"  # the mini-batch: whether it comes at all, and its tensors; costs the device nothing
     FORWARD = "forward"
     LOSS = "loss"
     DX = "dx"  # gradient of an activation, from a convolution or matrix product
@@ -28,6 +29,7 @@ class Technique(StrEnum):
     """Who put the operation there: the model itself, or one of the rewrites."""
 
     BASE = "base"
+    SMD = "smd"
     SLU = "slu"
     BITS = "bits"
     PSG = "psg"

@@ -47,12 +47,17 @@ def target_name(node: fx.Node) -> str:
     return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}".lstrip(".")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Short name of an element type, e.g. ``f32``."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
 def type_of(value: Any, symbols: dict[str, str] | None = None) -> str:
     """Short type of a node's value, e.g. ``f32[B, 16, 32, 32]``; symbolic sizes are named B, B1, ... in order."""
     symbols = {} if symbols is None else symbols
     if isinstance(value, torch.Tensor):
         shape = ", ".join(_size(s, symbols) for s in value.shape)
-        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{shape}]"
+        return f"{dtype_name(value.dtype)}[{shape}]"
     if isinstance(value, tuple | list):
         return f"({', '.join(type_of(v, symbols) for v in value)})"
     if isinstance(value, torch.SymInt):
@@ -85,3 +90,9 @@ def _value(value: Any, symbols: dict[str, str]) -> str:
     if isinstance(value, torch.SymInt):
         return _size(value, symbols)
     return repr(value)
+
+
+def short_op(op: str) -> str:
+    """Name of an operator without namespace and overload: ``convolution`` for ``aten.convolution.default``."""
+    parts = op.split(".")
+    return parts[1] if len(parts) > 2 and parts[0] in ("aten", "e2pass", "prims") else parts[-1]

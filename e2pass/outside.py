@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
-from e2pass.lowering.joint import BATCH
+from e2pass.lowering.joint import BATCH, Joint
 from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates
 from e2pass.side_graphs import lower_gate
 from e2pass.sites import Place, joint_nodes
+from e2pass.step_links import gate_region, gradient_sum_name, merge_name, weight_sum_name
 from e2pass.training_graph import GraphNode
 
 
@@ -28,6 +29,7 @@ class Outside:
         batch: Batch size of the example inputs.
         weights: Trainable parameters by the name under which each is registered first.
         readers: For each of them the regions that use it, each as the gate that decides about it.
+        gate_joints: Joint graph of each gate, once ``gates`` has run.
     """
 
     def __init__(self, program: Program) -> None:
@@ -38,6 +40,7 @@ class Outside:
         self.values = {n.name: n for n in program.graphs["train"].graph.nodes}
         self.weights = {n: p for n, p in program.model.named_parameters() if p.requires_grad}
         self.readers = self._readers()
+        self.gate_joints: dict[str, Joint] = {}
         self.wants_grad = {
             name: spec.requires_grad for r in self.plan.regions for name, spec in zip(r.inputs, r.specs, strict=True)
         }
@@ -74,7 +77,8 @@ class Outside:
                     known[key] = lower_gate(slu, gate, shape, step.previous is None, self.batch)
                 block = str(self.values[step.out].meta["e2_block"])
                 everywhere = _Always(block)
-                place = Place(f"gate_{step.index}", everywhere, everywhere, None, Technique.SLU, "slu.gate")
+                self.gate_joints[gate_region(step.index)] = known[key]
+                place = Place(gate_region(step.index), everywhere, everywhere, None, Technique.SLU, "slu.gate")
                 nodes += joint_nodes(known[key], place, self.batch)
         return nodes
 
@@ -89,7 +93,7 @@ class Outside:
 
     def _merge(self, step: Skip, learns: bool, batch: int) -> Iterator[OpSite]:
         block = str(self.values[step.out].meta["e2_block"])
-        out, rows, name = self._spec(step.out, batch), TensorSpec((batch,)), f"merge/{step.out}"
+        out, rows, name = self._spec(step.out, batch), TensorSpec((batch,)), merge_name(step.out)
         place: dict[str, Any] = {"layer": block, "block": block}
         yield OpSite(name, "aten.add.Tensor", (out, out), (out,), region="merge", **place)
         if learns:
@@ -107,7 +111,7 @@ class Outside:
 
     def _gradient_sum(self, value: str, i: int, batch: int) -> Iterator[OpSite]:
         spec = self._spec(value, batch)
-        yield _backward(f"gradient_sum/{value}_{i}", "aten.add.Tensor", (spec, spec), spec)
+        yield _backward(gradient_sum_name(value, i), "aten.add.Tensor", (spec, spec), spec)
 
     def weight_sums(self) -> list[GraphNode]:
         """Sums of the gradients that several regions have for one weight; predicted ones are signed after their sum."""
@@ -118,7 +122,7 @@ class Outside:
             kinds = {"full": Technique.BASE} | ({"predicted": Technique.PSG} if signed else {})
             for i, gate in enumerate(_further(gates)):
                 for kind, technique in kinds.items():
-                    what = f"weight_sum/{name}_{kind}_{i}"
+                    what = weight_sum_name(name, f"{kind}_{i}")
                     site = _backward(what, "aten.add.Tensor", (spec, spec), spec, technique, layer=layer)
                     nodes.append(self._once(site, gate, "psg.predict" if kind == "predicted" else ""))
             if signed:
@@ -140,7 +144,7 @@ class Outside:
                 ("scale", "aten.mul.Tensor", (spec, scalar), spec),
             ]
         for kind, op, args, out in steps:
-            site = _backward(f"weight_sum/{name}_{kind}", op, args, out, Technique.PSG, layer=layer)
+            site = _backward(weight_sum_name(name, kind), op, args, out, Technique.PSG, layer=layer)
             yield GraphNode(site, f"psg.{kind.partition('_')[0]}")
 
     def update(self, optimizer: str, states: int) -> list[GraphNode]:

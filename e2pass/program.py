@@ -39,6 +39,7 @@ class Program:
         step: The priced training step, once ``price`` has run.
         loader: The caller's loader, wrapped once SMD has run.
         diagnostics: What was rewritten, what was not, and why.
+        made_by: For each region of ``lowered``, the pass that made each node of its rewritten joint graph.
         facts: Names of the properties established so far, e.g. ``blocks``, ``gates``, ``regions``.
     """
 
@@ -56,6 +57,7 @@ class Program:
     shared: dict[str, str] = field(default_factory=dict)
     loader: Any = None
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    made_by: dict[str, dict[str, str]] = field(default_factory=dict)
     facts: set[str] = field(default_factory=set)
 
     @classmethod
@@ -65,6 +67,13 @@ class Program:
         program.graphs = {"train": capture.train, "eval": capture.eval}
         program.facts.add("captured")
         return program
+
+    def note_origins(self, name: str) -> None:
+        """Credit pass ``name`` with every node of the joint graphs that no earlier pass made."""
+        for region, (_, joint) in self.lowered.items():
+            known = self.made_by.setdefault(region, {})
+            for node in joint.graph.nodes:
+                known.setdefault(node.name, name)
 
     def unique_graphs(self) -> list[tuple[Mode, fx.GraphModule]]:
         """Each distinct forward graph once, training first."""

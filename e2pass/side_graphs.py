@@ -10,14 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from e2pass.cost import Phase
 from e2pass.errors import LoweringError
-from e2pass.lowering.joint import BATCH, ValueSpec, lower
+from e2pass.lowering.joint import BATCH, Joint, ValueSpec, lower
 from e2pass.plan import ValueName
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates
-from e2pass.sites import Place, joint_nodes
-from e2pass.training_graph import GraphNode
 
 
 class _GateMath(nn.Module):
@@ -80,8 +77,8 @@ class _Custom(nn.Module):
         return (self.loss(output, target),)
 
 
-def loss_nodes(program: Program, output: Tensor, loss: Callable[..., Tensor] | None) -> list[GraphNode]:
-    """Operations of the loss forward and backward; None is cross-entropy.
+def lower_loss(program: Program, output: Tensor, loss: Callable[..., Tensor] | None) -> Joint:
+    """Joint graph of the loss forward and backward; None is cross-entropy.
 
     Raises:
         LoweringError: If the loss cannot be traced for targets of class indices or of the output's shape.
@@ -95,9 +92,7 @@ def loss_nodes(program: Program, output: Tensor, loss: Callable[..., Tensor] | N
     for target in targets:
         try:
             gm = fx.symbolic_trace(root)
-            joint = lower(gm, [ValueSpec(shape, output.dtype, True), target], batch)
+            return lower(gm, [ValueSpec(shape, output.dtype, True), target], batch)
         except Exception as error:
             failure = error
-            continue
-        return joint_nodes(joint, Place("loss", {}, {}, phase=Phase.LOSS), batch)
     raise LoweringError(str(failure))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
+from e2pass.dump import target_name
 from e2pass.lowering.joint import Joint
-from e2pass.lowering.partition import BACKWARD_KINDS, ancestors
+from e2pass.lowering.partition import BACKWARD_KINDS, ancestors, claim_results
 from e2pass.lowering.products import gradient_dependent, weight_gradients
 from e2pass.training_graph import GraphNode
 
@@ -53,6 +54,7 @@ class _Converter:
         self.backward = gradient_dependent(joint)
         ahead = [v for (k, _), v in zip(joint.outputs, joint.output_nodes(), strict=True) if k not in BACKWARD_KINDS]
         self.forward = ancestors(ahead)
+        claim_results(joint.graph, self.forward)
         self.dw: dict[fx.Node, str] = {}
         for gradient in weight_gradients(joint):
             for node in gradient.products:
@@ -83,7 +85,7 @@ class _Converter:
         technique = Technique(node.meta["e2_technique"]) if node.meta.get("e2_technique") else place.technique
         site = OpSite(
             name=f"{place.region}/{node.name}",
-            op=str(node.target),
+            op=target_name(node),
             args=tuple(self._value(a) for a in node.args),
             kwargs={k: self._value(v) for k, v in node.kwargs.items() if isinstance(v, int | float | bool)},
             outputs=tuple(self._outputs(node)),
@@ -99,6 +101,7 @@ class _Converter:
             gate=place.gate,
             full_dw=self.dw.get(node, "") if node.meta.get("e2_full_dw") else "",
             operands=tuple(f"{place.region}/{n.name}" for n in node.all_input_nodes if n.op == "call_function"),
+            fx_node=node,
         )
 
     def _phase(self, node: fx.Node) -> Phase:

@@ -1,18 +1,35 @@
-"""One graph of the whole training step: every operation with its region, phase, technique, cost and probability."""
+"""One graph of the whole training step: every operation with its place, origin, width, probability and cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import networkx as nx
 from torch import fx
 
-from e2pass.cost import OpSite
-from e2pass.dump import dump
-from e2pass.lowering.partition import Halves
+from e2pass.blocks import ResidualBlock
+from e2pass.cost import OpSite, Phase, TensorSpec
+from e2pass.diagnostics import Diagnostics
+from e2pass.errors import InputError
+from e2pass.lowering.joint import Joint
+from e2pass.lowering.partition import Halves, partition
 from e2pass.rates import PredictorHardware, Rates
+from e2pass.step_cost import CostRow, FreeOp, StepCost, UnpricedOp
+
+if TYPE_CHECKING:
+    import os
+
+    import networkx as nx
+
+    from e2pass.graph_diff import GraphDiff
+    from e2pass.report import CostReport
+
+    File = str | os.PathLike[str] | None
+
 
 STANDARD = PredictorHardware()
 
@@ -26,10 +43,17 @@ class GraphNode:
         tag: What a rewrite inserted it for, e.g. ``psg.msb``; ``""`` for the model's own operations.
         gate: Index of the gate that decides about it, None if it always runs.
         full_dw: Weight whose full gradient it computes beside a predictor, ``""`` if none.
-        operands: Names of the nodes it reads.
+        operands: Names of the nodes it reads, those of other regions included.
+        state: Names of the parameters and buffers it reads.
+        dtypes: Element type of each output as stored, e.g. ``i8``; its true width is ``site.outputs[i].bits``.
+        line: ``file.py:12``, the line of the user's code it comes from; ``""`` for what a rewrite made of nothing.
+        made_by: Name of the pass that made it, ``capture`` for the model's own operations outside of regions.
+        stage: Which step of the plan it belongs to, counted from 0 (an update: where its gradient comes from); -1 for
+            the batch and the loss.
         half: The same operation on half the batch, which tells the price of a sample from that of entering the block;
             None where no gate decides about it, or the batch size is baked into the graph.
         coasts: Whether it happens in a dropped step too.
+        fx_node: The node of the joint graph it stands for, None for operations outside of regions.
     """
 
     site: OpSite
@@ -37,13 +61,29 @@ class GraphNode:
     gate: int | None = None
     full_dw: str = ""
     operands: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    line: str = ""
+    made_by: str = ""
+    stage: int = -1
     half: OpSite | None = None
     coasts: bool = False
+    fx_node: fx.Node | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         """Unique name, ``region/node``."""
         return self.site.name
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Shape and true width in bits of each tensor produced."""
+        return self.site.outputs
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether it runs before the loss is known."""
+        return self.site.phase in (Phase.DATA, Phase.FORWARD)
 
     @property
     def per_sample(self) -> bool:
@@ -67,20 +107,134 @@ class GraphNode:
         return each if self.per_sample else once
 
 
-class TrainingGraph:
-    """The training step as one graph.
+class EdgeKind(StrEnum):
+    """What flows along an edge."""
+
+    DATA = "data"  # the batch
+    VALUE = "value"  # within the forward half, or within the loss
+    GATE = "gate"  # a gate's decision, or the state that the next gate continues with
+    SAVED = "saved"  # kept by forward for backward
+    GRADIENT = "gradient"  # within the backward half
+    UPDATE = "update"  # a gradient on its way into its parameter
+
+
+@dataclass(frozen=True)
+class Edge:
+    """``target`` reads what ``source`` produced."""
+
+    source: str
+    target: str
+    kind: EdgeKind
+
+
+class Writers(Protocol):
+    """How a graph leaves the library; ``e2pass.backends.graph`` implements it, the public API injects it."""
+
+    def text(self, graph: TrainingGraph) -> str:
+        """Return a stable dump."""
+        ...
+
+    def networkx(self, graph: TrainingGraph) -> nx.DiGraph:
+        """Return a directed graph with plain attributes."""
+        ...
+
+    def dot(self, graph: TrainingGraph, *, collapse: bool, results: bool) -> str:
+        """Return Graphviz source."""
+        ...
+
+    def svg(self, graph: TrainingGraph, *, collapse: bool, results: bool) -> str:
+        """Return what Graphviz draws of that."""
+        ...
+
+    def html(self, graph: TrainingGraph, report: CostReport | None) -> str:
+        """Return a page that needs nothing else."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What is known about the step as a whole.
 
     Attributes:
-        nodes: Every operation, in the order of the step.
-        halves: Forward and backward graph of each lowered region.
-        costs: Modelled cost of one execution of each priced node, by name.
-        rates: The assumed rates.
+        model: Class of the user's model.
+        batch_size: Samples in a mini-batch.
+        board: Name of the cost model.
+        rates: The rates that probabilities and costs are stated at.
+        sources: Every number of the cost model by key, with where it comes from.
+        blocks: Every residual block found, gated or not, with the reason.
+        diagnostics: What was rewritten and what was not, each with a reason.
+    """
+
+    model: str
+    batch_size: int
+    board: str
+    rates: Rates
+    sources: Mapping[str, str] = field(default_factory=dict)
+    blocks: Sequence[ResidualBlock] = ()
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+
+
+class TrainingGraph:
+    """The training step as one graph, in an order in which it can run.
+
+    Attributes:
+        nodes: Every operation; each stands behind those it reads.
+        info: The step as a whole.
+        price: Expected cost of each operation in one nominal step.
+        joints: Joint forward+backward graph of each lowered region.
     """
 
     def __init__(
-        self, nodes: list[GraphNode], halves: Mapping[str, Halves], costs: Mapping[str, Any], rates: Rates
+        self,
+        nodes: Iterable[GraphNode],
+        info: StepInfo,
+        price: StepCost,
+        joints: Mapping[str, Joint],
+        writers: Writers,
     ) -> None:
-        self.nodes, self.halves, self.costs, self.rates = nodes, halves, costs, rates
+        self.nodes, self.info, self.price, self.joints = list(nodes), info, price, joints
+        self._writers = writers
+        self._original: TrainingGraph | None = None
+        self._report: Callable[[], CostReport] | None = None
+
+    def attach(self, original: TrainingGraph, report: Callable[[], CostReport]) -> None:
+        """Give the graph the step it came from, and a way to get the report on both."""
+        self._original, self._report = original, report
+
+    def __len__(self) -> int:
+        """Number of operations."""
+        return len(self.nodes)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an operation of this name."""
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> GraphNode:
+        """The operation of this name.
+
+        Raises:
+            InputError: If there is none; similar names are given.
+        """
+        if name in self._by_name:
+            return self._by_name[name]
+        import difflib
+
+        near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
+        raise InputError(f"the graph has no node {name!r}; similar names are {', '.join(near) or 'none'}")
+
+    @property
+    def rates(self) -> Rates:
+        """The rates that probabilities and costs are stated at."""
+        return self.info.rates
+
+    @cached_property
+    def _by_name(self) -> dict[str, GraphNode]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def halves(self) -> dict[str, Halves]:
+        """Forward and backward graph of each lowered region, as they run."""
+        return {name: partition(joint) for name, joint in self.joints.items()}
 
     @property
     def forward(self) -> dict[str, fx.GraphModule]:
@@ -92,64 +246,168 @@ class TrainingGraph:
         """Backward graph of each region."""
         return {name: h.backward for name, h in self.halves.items()}
 
+    @cached_property
+    def costs(self) -> dict[str, CostRow]:
+        """Expected cost in one nominal step of each priced operation, by name."""
+        return {row.name: row for row in self.price.rows}
+
+    @cached_property
+    def without_cost(self) -> dict[str, FreeOp | UnpricedOp]:
+        """Operations that are free or have no formula, by name; each says why."""
+        free: dict[str, FreeOp | UnpricedOp] = {op.name: op for op in self.price.free}
+        return free | {op.name: op for op in self.price.unpriced}
+
+    @cached_property
+    def edges(self) -> list[Edge]:
+        """Who reads what, between regions too, in the order of the readers."""
+        known = self._by_name
+        return [
+            Edge(operand, node.name, _kind(known[operand], node))
+            for node in self.nodes
+            for operand in node.operands
+            if operand in known
+        ]
+
+    @cached_property
+    def _readers(self) -> dict[str, list[str]]:
+        readers: dict[str, list[str]] = {}
+        for edge in self.edges:
+            readers.setdefault(edge.source, []).append(edge.target)
+        return readers
+
+    def readers(self, name: str) -> list[str]:
+        """Names of the operations that read what ``name`` produces."""
+        return self._readers.get(name, [])
+
     def tagged(self, prefix: str) -> Iterator[GraphNode]:
         """Nodes whose tag starts with ``prefix``, e.g. ``psg``."""
         return (n for n in self.nodes if n.tag.startswith(prefix))
 
+    def select(
+        self,
+        *,
+        region: str | None = None,
+        block: str | None = None,
+        tag: str | None = None,
+        path: str | None = None,
+        phase: str | None = None,
+        technique: str | None = None,
+    ) -> TrainingGraph:
+        """The part of the graph that fits every filter given; it can be written, drawn and filtered like the whole.
+
+        Args:
+            region: Name of a region.
+            block: Name of a residual block.
+            tag: A tag or the beginning of one up to a dot: ``psg`` finds ``psg.msb``.
+            path: A module path or a prefix of one up to a dot: ``layer1`` finds ``layer1.0.conv1``.
+            phase: One of ``e2pass.cost.Phase``.
+            technique: One of ``e2pass.cost.Technique``.
+
+        Raises:
+            InputError: If nothing fits; the message lists what there is to choose from.
+        """
+        wanted = {"region": region, "block": block, "tag": tag, "path": path, "phase": phase, "technique": technique}
+        filters = {key: value for key, value in wanted.items() if value is not None}
+        kept = [n for n in self.nodes if all(_FILTERS[k](_label(n, k), v) for k, v in filters.items())]
+        if not kept:
+            key, value = next(((k, v) for k, v in filters.items() if not self._any(k, v)), ("", ""))
+            if not key:
+                asked = ", ".join(f"{k}={v!r}" for k, v in filters.items())
+                raise InputError(f"the graph has no node with {asked}; each of them alone does fit some")
+            choices = list(dict.fromkeys(_label(n, key) for n in self.nodes if _label(n, key)))
+            more = f" and {len(choices) - 20} more" if len(choices) > 20 else ""
+            raise InputError(f"the graph has no {key} {value!r}; it has {', '.join(choices[:20])}{more}")
+        names = {n.name for n in kept}
+        price = StepCost(
+            tuple(r for r in self.price.rows if r.name in names),
+            tuple(f for f in self.price.free if f.name in names),
+            tuple(u for u in self.price.unpriced if u.name in names),
+            self.price.dram,
+        )
+        joints = {r: j for r, j in self.joints.items() if any(n.site.region == r for n in kept)}
+        return TrainingGraph(kept, self.info, price, joints, self._writers)
+
+    def _any(self, key: str, value: str) -> bool:
+        return any(_FILTERS[key](_label(n, key), value) for n in self.nodes)
+
+    @property
+    def original(self) -> TrainingGraph:
+        """The same step before any rewrite.
+
+        Raises:
+            InputError: For an original itself, and for a part of a graph.
+        """
+        if self._original is None:
+            raise InputError("this graph has no original: it is one itself, or a part of a graph")
+        return self._original
+
+    def diff(self, original: TrainingGraph | None = None) -> GraphDiff:
+        """What was added, replaced and removed, seen from the original step, or from another graph."""
+        from e2pass.graph_diff import diff
+
+        return diff(self.original if original is None else original, self)
+
     def to_text(self) -> str:
-        """A stable dump: every region's two graphs, then the operations outside of regions."""
-        parts = []
-        for name, halves in self.halves.items():
-            parts.append(f"region {name} forward\n{dump(halves.forward.graph)}")
-            parts.append(f"region {name} backward\n{dump(halves.backward.graph)}")
-        outside = [n for n in self.nodes if n.site.region not in self.halves]
-        lines = [f"%{n.name}: {n.site.op} {n.site.phase} {n.tag}".rstrip() for n in outside]
-        return "\n\n".join([*parts, "outside of regions\n" + "\n".join(lines)]) + "\n"
+        """A dump that is the same in every process: one line an operation, with everything known but its cost."""
+        return self._writers.text(self)
 
     def to_networkx(self) -> nx.DiGraph:
-        """A directed graph with plain attributes: op, phase, technique, tag, layer, block, probability, energy_j."""
-        graph = nx.DiGraph()
-        for node in self.nodes:
-            site, cost = node.site, self.costs.get(node.name)
-            graph.add_node(
-                node.name,
-                op=site.op,
-                region=site.region,
-                layer=site.layer,
-                block=site.block or "",
-                phase=str(site.phase),
-                technique=str(site.technique),
-                tag=node.tag,
-                probability=node.probability(self.rates),
-                energy_j=0.0 if cost is None else cost.total_j,
-                time_s=0.0 if cost is None else cost.time_s,
-            )
-        for node in self.nodes:
-            graph.add_edges_from((operand, node.name) for operand in node.operands if operand in graph)
-        return graph
+        """A directed graph whose attributes are plain strings and numbers; energy and time are expected values."""
+        return self._writers.networkx(self)
 
-    def to_dot(self) -> str:
-        """Graphviz source, one cluster a region."""
-        lines = ["digraph training_step {", "  rankdir=TB; node [shape=box, fontsize=9];"]
-        regions: dict[str, list[GraphNode]] = {}
-        for node in self.nodes:
-            regions.setdefault(node.site.region, []).append(node)
-        for i, (region, members) in enumerate(regions.items()):
-            lines.append(f"  subgraph cluster_{i} {{ label={_quoted(region)};")
-            for node in members:
-                label = f"{node.name.rpartition('/')[2]}\\n{node.site.op}" + (f"\\n{node.tag}" if node.tag else "")
-                style = ' style=filled fillcolor="#cfe8ff"' if node.tag else ""
-                lines.append(f"    {_quoted(node.name)} [label={_quoted(label)}{style}];")
-            lines.append("  }")
-        known = {n.name for n in self.nodes}
-        lines += [
-            f"  {_quoted(operand)} -> {_quoted(n.name)};"
-            for n in self.nodes
-            for operand in n.operands
-            if operand in known
-        ]
-        return "\n".join([*lines, "}"]) + "\n"
+    def to_dot(self, path: File = None, *, collapse: bool = True, results: bool = False) -> str:
+        """Graphviz source, one cluster a region.
+
+        Args:
+            path: File to write it to as well.
+            collapse: Draw a run of equal blocks once, with the number of times it is repeated.
+            results: Draw the picking of one result among several as a node of its own.
+        """
+        return _saved(self._writers.dot(self, collapse=collapse, results=results), path)
+
+    def to_svg(self, path: File = None, *, collapse: bool = True, results: bool = False) -> str:
+        """What Graphviz draws; the arguments are those of ``to_dot``.
+
+        Raises:
+            InputError: If Graphviz is not installed.
+        """
+        return _saved(self._writers.svg(self, collapse=collapse, results=results), path)
+
+    def to_html(self, path: File = None) -> str:
+        """A page that opens from disk without a network: the step to walk through, and what it costs."""
+        return _saved(self._writers.html(self, None if self._report is None else self._report()), path)
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+def _saved(text: str, path: File) -> str:
+    from e2pass.report_formats import save
+
+    return save(text, None if path is None else Path(path))
+
+
+def _label(node: GraphNode, key: str) -> str:
+    labels: dict[str, Any] = {"tag": node.tag, "path": node.site.layer}
+    return str(labels[key] if key in labels else getattr(node.site, key) or "")
+
+
+def _equal(have: str, wanted: str) -> bool:
+    return have == wanted
+
+
+def _below(have: str, wanted: str) -> bool:
+    return have == wanted or have.startswith(f"{wanted}.")
+
+
+_FILTERS = {"region": _equal, "block": _equal, "tag": _below, "path": _below, "phase": _equal, "technique": _equal}
+
+
+def _kind(source: GraphNode, target: GraphNode) -> EdgeKind:
+    if target.site.phase is Phase.UPDATE:
+        return EdgeKind.UPDATE
+    if source.site.phase is Phase.DATA:
+        return EdgeKind.DATA
+    if not target.in_forward and source.in_forward:
+        return EdgeKind.VALUE if target.site.phase is Phase.LOSS else EdgeKind.SAVED
+    if target.in_forward:
+        crosses = source.site.region != target.site.region
+        return EdgeKind.GATE if source.tag == "slu.gate" and crosses else EdgeKind.VALUE
+    return EdgeKind.GRADIENT

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e2pass.cost import CostModel
+from e2pass.cost import CostModel, Phase
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, LoweringError
-from e2pass.lowering.partition import partition
+from e2pass.lowering.joint import Joint
 from e2pass.outside import Outside
 from e2pass.program import Program
 from e2pass.rates import TECHNIQUES, PredictorHardware, Rates
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
-from e2pass.side_graphs import first_output, loss_nodes
+from e2pass.side_graphs import first_output, lower_loss
 from e2pass.sites import Place, joint_nodes
 from e2pass.step_cost import StepCost, UnitPrices, price_step
+from e2pass.step_links import LOSS
 from e2pass.step_pricing import PricedNodes
-from e2pass.training_graph import STANDARD, GraphNode, TrainingGraph
+from e2pass.training_graph import STANDARD, GraphNode
 from e2pass.variant import Variant
 
 OPTIMIZERS: dict[str, int] = {
@@ -47,16 +48,18 @@ class TrainingStep:
         """Write ``program.step``: the nodes of the training step, before and after the regions' rewrites."""
         outside = Outside(program)
         before, after = outside.region_nodes()
+        loss = self._loss(program, diagnostics)
         rest = [
             *outside.gates(),
             *outside.merges(),
             *outside.gradient_sums(),
             *outside.weight_sums(),
-            *self._loss(program, diagnostics),
+            *([] if loss is None else joint_nodes(loss, Place(LOSS, {}, {}, phase=Phase.LOSS), outside.batch)),
             *outside.update(self.optimizer, OPTIMIZERS[self.optimizer]),
             *outside.unlowered(),
         ]
-        program.step = BuiltStep(program, self.cost_model, [*before, *rest], [*after, *rest])
+        joints = outside.gate_joints | ({} if loss is None else {LOSS: loss})
+        program.step = BuiltStep(program, self.cost_model, [*before, *rest], [*after, *rest], joints)
 
     def report(
         self,
@@ -87,16 +90,16 @@ class TrainingStep:
             sources=self.cost_model.sources(),
         )
 
-    def _loss(self, program: Program, diagnostics: Diagnostics) -> list[GraphNode]:
+    def _loss(self, program: Program, diagnostics: Diagnostics) -> Joint | None:
         output = first_output(program)
         if output is None or output.dim() == 0:
             diagnostics.info("E2P601", "", "the model returns its loss itself; none is added to the step")
-            return []
+            return None
         try:
-            return loss_nodes(program, output, self.loss)
+            return lower_loss(program, output, self.loss)
         except LoweringError as error:
             diagnostics.warn("E2P602", "loss", f"the loss has no price: {error}", "pass loss=callable(output, target)")
-            return []
+            return None
 
 
 class BuiltStep:
@@ -105,12 +108,19 @@ class BuiltStep:
     Attributes:
         plain: Nodes with regions as they were lowered.
         rewritten: Nodes with regions as quantization and PSG left them.
+        joints: Joint graphs of the gates and the loss, by the region of their nodes.
+        cost_model: The board.
     """
 
     def __init__(
-        self, program: Program, cost_model: CostModel, plain: list[GraphNode], rewritten: list[GraphNode]
+        self,
+        program: Program,
+        cost_model: CostModel,
+        plain: list[GraphNode],
+        rewritten: list[GraphNode],
+        joints: dict[str, Joint],
     ) -> None:
-        self.plain, self.rewritten = plain, rewritten
+        self.plain, self.rewritten, self.joints, self.cost_model = plain, rewritten, joints, cost_model
         bits, psg = program.config.bits, program.config.psg
         known = 0 if bits is None or psg is None else min(psg.x_bits, bits.x) * min(psg.gy_bits, bits.grad)
         prices, batch = UnitPrices(cost_model), program.inputs.batch_size
@@ -127,15 +137,6 @@ class BuiltStep:
 
     def _nodes(self, techniques: Sequence[str]) -> PricedNodes:
         return self._rewritten if "bits" in techniques else self._plain
-
-
-def build_graph(program: Program) -> TrainingGraph:
-    """The transformed step as one annotated graph."""
-    rates = assumed_rates(program)
-    step: BuiltStep = program.step
-    priced = step.price(active(program), rates)
-    halves = {name: partition(after) for name, (_, after) in program.lowered.items()}
-    return TrainingGraph(step.rewritten, halves, {row.name: row for row in priced.rows}, rates)
 
 
 def active(program: Program) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ from e2pass.rates import PredictorHardware, Rates
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.module import E2Module
-from e2pass.training_graph import STANDARD, TrainingGraph
-from e2pass.training_step import TrainingStep, assumed_rates, build_graph
+from e2pass.step_graph import build_graph
+from e2pass.training_graph import STANDARD, TrainingGraph, Writers
+from e2pass.training_step import TrainingStep, assumed_rates
 from e2pass.verification import VerifyReport, verify
 
 
@@ -48,19 +49,19 @@ class Transformed:
         diagnostics: What was rewritten and what was not, each with a reason.
     """
 
-    def __init__(self, model: E2Module, program: Program, step: TrainingStep) -> None:
+    def __init__(self, model: E2Module, program: Program, step: TrainingStep, writers: Writers) -> None:
         self.model = model
         self.loader = program.loader
         self.blocks: list[ResidualBlock] = program.blocks["train"]
         self.diagnostics: Diagnostics = program.diagnostics
-        self._program, self._step = program, step
+        self._program, self._step, self._writers = program, step, writers
         self._graph: TrainingGraph | None = None
 
     @property
     def graph(self) -> TrainingGraph:
         """The whole training step as one annotated graph; built on first use."""
         if self._graph is None:
-            self._graph = build_graph(self._program)
+            self._graph = build_graph(self._program, self._writers, self.report)
         return self._graph
 
     @property

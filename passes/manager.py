@@ -44,6 +44,7 @@ class PassManager:
                 program = result.program
                 program.facts |= item.establishes
                 program.diagnostics.extend(result.diagnostics)
+                program.note_origins(item.name)
                 item.ensures(program)
                 verify(program)
             except PassError as error:

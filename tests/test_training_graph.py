@@ -1,37 +1,22 @@
-"""The training step's graph leaves the library as text, networkx and DOT."""
+"""The training step as one graph: complete, linked across regions, annotated, filtered."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
+from typing import Any
 
 import networkx as nx
 import pytest
 import torch
+from torch import nn
 
 import e2pass
-from e2pass.training_graph import TrainingGraph
+from e2pass import SLU, Config
+from e2pass.cost import Phase
+from e2pass.errors import InputError
+from e2pass.training_graph import EdgeKind, TrainingGraph
 from e2pass.transformed import Transformed
-from tests.zoo import vector_net, vector_residual
-
-ROOT = Path(__file__).resolve().parent.parent
-ATTRIBUTES = {
-    "op": str,
-    "region": str,
-    "layer": str,
-    "block": str,
-    "phase": str,
-    "technique": str,
-    "tag": str,
-    "probability": float,
-    "energy_j": float,
-    "time_s": float,
-}
+from tests.zoo import Residual, vector_net, vector_residual
 
 
 def small() -> Transformed:
@@ -48,97 +33,188 @@ def graph(transformed: Transformed) -> TrainingGraph:
     return transformed.graph
 
 
-def test_text_is_the_same_in_another_process(graph: TrainingGraph) -> None:
-    code = "from tests.test_training_graph import small; print(small().graph.to_text(), end='')"
-    other_hashes = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=other_hashes, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == graph.to_text()
+def ancestors(graph: TrainingGraph, name: str) -> set[str]:
+    return nx.ancestors(graph.to_networkx(), name)  # type: ignore[no-any-return]
 
 
-def test_text_has_every_region_operation_and_annotation(graph: TrainingGraph) -> None:
-    text = graph.to_text()
-    for region in graph.forward:
-        assert f"region {region} forward\n" in text
-        assert f"region {region} backward\n" in text
-    for tag in ("bits.x", "bits.w", "bits.grad", "psg.msb", "psg.predict", "psg.select", "psg.sign"):
-        assert f"tag={tag}" in text, tag
-    assert "slu.gate" in text
-    assert "optimizer." in text
+def test_the_step_is_one_graph_in_an_order_that_runs(graph: TrainingGraph) -> None:
+    network = graph.to_networkx()
+    assert list(network) == [node.name for node in graph.nodes]
+    assert nx.is_weakly_connected(network)
+    order = {name: i for i, name in enumerate(network)}
+    assert all(order[edge.source] < order[edge.target] for edge in graph.edges)
+    phases = [node.site.phase for node in graph.nodes]
+    assert phases[0] is Phase.DATA
+    assert phases[-1] is Phase.UPDATE
+    assert set(phases) == set(Phase)
+    assert {edge.kind for edge in graph.edges} == set(EdgeKind)
+
+
+def test_nothing_floats(graph: TrainingGraph) -> None:
+    """Everything but SMD's decision and what only parameters go into has a source, in the batch in the end."""
+    network = graph.to_networkx()
+    sources = [graph[name] for name in network if not network.pred[name]]
+    assert sources[0].name == "data/smd"
+    assert all(node.state for node in sources[1:])
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.body.1.weight", "2.body.3.weight", "3.weight", "3.bias"])
+def test_an_update_depends_on_the_whole_step(graph: TrainingGraph, name: str) -> None:
+    above = ancestors(graph, f"update/{name}")
+    assert {"data/smd", "data/input_1", "data/target", "merge/slu_merge_0", "merge/slu_merge_1"} <= above
+    assert {graph[n].site.region for n in above} >= {"loss", "gate_0", "gate_1", "trunk_0", "trunk_1"}
+    assert sum(n.startswith("update/") for n in above) == 0
+
+
+def test_values_and_gradients_pass_the_blocks_in_opposite_order(graph: TrainingGraph) -> None:
+    network = graph.to_networkx()
+    forward = network.subgraph([n.name for n in graph.nodes if n.in_forward])
+    backward = network.subgraph([n.name for n in graph.nodes if not n.in_forward])
+    assert nx.has_path(forward, "data/input_1", "merge/slu_merge_1")
+    assert nx.has_path(forward, "merge/slu_merge_0", "merge/slu_merge_1")
+    sums = [n.name for n in graph.nodes if n.site.region == "gradient_sum"]
+    assert len(sums) == 2
+    assert nx.has_path(backward, "gradient_sum/slu_merge_0_0", "gradient_sum/_0_0")
+    assert not nx.has_path(backward, "gradient_sum/_0_0", "gradient_sum/slu_merge_0_0")
+    # Block 2's body does not see the gradient of what it is added to, block 1's does.
+    assert "gradient_sum/slu_merge_0_0" not in nx.ancestors(backward, "update/2.body.1.weight")
+    assert "gradient_sum/slu_merge_0_0" in nx.ancestors(backward, "update/1.body.1.weight")
+
+
+def test_the_gates_learn_from_the_gradient_and_decide_about_the_merge(graph: TrainingGraph) -> None:
+    decides = [e for e in graph.edges if e.kind is EdgeKind.GATE]
+    assert {graph[e.target].site.region for e in decides} == {"merge", "gate_1"}
+    worth = graph["merge/slu_merge_1_sum"]
+    assert {graph[n].site.region for n in graph.readers(worth.name)} == {"gate_1"}
+    assert any(graph[n].site.region == "gate_0" for n in nx.descendants(graph.to_networkx(), worth.name))
+
+
+class Mixed(nn.Module):
+    """Smooth, with residual blocks, two uses of one value and a branch that no loss sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.first = Residual(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.second = Residual(nn.Linear(6, 6), nn.Tanh())
+        self.side = nn.Linear(6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stem = torch.tanh(self.stem(x))
+        first = self.first(stem)
+        return self.head(self.second(first) * stem), self.side(first)
+
+
+def linear_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return output.sum() + 0.0 * target.sum()
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[Mixed, torch.Tensor, TrainingGraph]:
+    """A neutral transformation: gates, all of them open, and nothing else."""
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(3, 5)
+    config = Config(smd=None, slu=SLU(gate="open"), psg=None, bits=None)
+    return model, x, e2pass.transform(model, x, config=config, loss=linear_loss).graph
+
+
+def test_who_depends_on_whom_is_what_perturbation_says(mixed: tuple[Mixed, torch.Tensor, TrainingGraph]) -> None:
+    """The gradient of p changes with parameter q if and only if a path leads from a reader of q to the update of p.
+
+    The loss is linear, so the head's gradient does not depend on the head, nor the last block's on all of itself.
+    """
+    model, x, graph = mixed
+    sizes = {n.name for n in graph.nodes if n.site.op == "aten.sym_size.int"}  # depend on shapes, not on values
+    network = nx.restricted_view(graph.to_networkx(), sizes, [])
+    names = [name for name, _ in model.named_parameters() if not name.startswith("side.")]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        output, _ = model(x)
+        return dict(zip(names, torch.autograd.grad(output.sum(), [model.get_parameter(n) for n in names]), strict=True))
+
+    before = gradients()
+    for q in names:
+        parameter = model.get_parameter(q)
+        saved = parameter.detach().clone()
+        parameter.data.add_(torch.randn_like(saved))
+        after = gradients()
+        parameter.data.copy_(saved)
+        numeric = {p for p in names if not torch.equal(before[p], after[p])}
+        structural = {p for p in names if any(q in graph[n].state for n in nx.ancestors(network, f"update/{p}"))}
+        assert structural == numeric, q
+
+
+def test_every_node_says_where_it_comes_from(graph: TrainingGraph) -> None:
+    assert {node.made_by for node in graph.nodes} == {
+        "capture", "drop-batches", "insert-gates", "lower", "outline", "predict-signs", "price", "quantize",
+    }  # fmt: skip
     for node in graph.nodes:
-        assert f"%{node.name}:" in text or f"%{node.name.rpartition('/')[2]}:" in text, node.name
-    assert str(ROOT) not in text
-    assert not re.search(r"0x[0-9a-f]{6}", text), "an address is no stable name"
+        assert len(node.dtypes) == len(node.outputs), node.name
+        if node.site.region.startswith(("trunk_", "body_")):
+            assert node.site.layer, node.name
+    assert all(n.made_by == "quantize" for n in graph.tagged("bits"))
+    assert all(n.made_by == "predict-signs" for n in graph.tagged("psg") if n.tag != "psg.full")
+    assert all(n.made_by == "lower" for n in graph.tagged("psg.full"))
 
 
-def test_networkx_attributes_are_plain_and_complete(graph: TrainingGraph) -> None:
-    plain = graph.to_networkx()
-    assert list(plain) == [node.name for node in graph.nodes]
-    for name, attributes in plain.nodes(data=True):
-        assert {key: type(value) for key, value in attributes.items()} == ATTRIBUTES, name
-    assert nx.is_directed_acyclic_graph(plain)
-    order = {name: i for i, name in enumerate(plain)}
-    assert plain.number_of_edges() > 0
-    assert all(order[a] < order[b] for a, b in plain.edges), "an operation stands behind what it reads"
-    assert {a["phase"] for _, a in plain.nodes(data=True)} >= {"forward", "dx", "dw", "update"}
-    assert {a["technique"] for _, a in plain.nodes(data=True)} >= {"base", "slu", "bits", "psg"}
+def test_true_widths_are_not_the_stored_ones(graph: TrainingGraph) -> None:
+    high = [n for n in graph.tagged("psg.msb") if n.site.op == "e2pass.msb.default"]
+    assert {(n.dtypes[0], n.outputs[0].bits) for n in high} == {("i8", 4), ("i16", 10)}
+    codes = [n for n in graph.tagged("bits") if n.site.op == "e2pass.quantize.default"]
+    assert {(n.dtypes[0], n.outputs[0].bits) for n in codes} == {("i8", 8), ("i16", 16)}
 
 
-def test_networkx_survives_json_and_graphml(graph: TrainingGraph) -> None:
-    plain = graph.to_networkx()
-    text = json.dumps(nx.node_link_data(plain, edges="edges"))
-    from_json = nx.node_link_graph(json.loads(text), edges="edges")
-    stream = io.BytesIO()
-    nx.write_graphml(plain, stream)
-    stream.seek(0)
-    from_graphml = nx.read_graphml(stream)
-    for copy in (from_json, from_graphml):
-        assert dict(copy.nodes(data=True)) == dict(plain.nodes(data=True))
-        assert set(copy.edges) == set(plain.edges)
+def _own_line(graph: TrainingGraph, path: str) -> set[str]:
+    return {n.line for n in graph.select(path=path).nodes if n.site.phase is not Phase.UPDATE}
 
 
-def test_networkx_gives_the_expected_executions(transformed: Transformed, graph: TrainingGraph) -> None:
+def test_lines_are_those_of_the_users_code(mixed: tuple[Mixed, torch.Tensor, TrainingGraph]) -> None:
+    first, graph = Mixed.forward.__code__.co_firstlineno, mixed[2]
+    assert _own_line(graph, "stem") == {f"test_training_graph.py:{first + 1}"}  # forward and backward alike
+    assert _own_line(graph, "head") == {f"test_training_graph.py:{first + 3}"}
+    assert graph["update/head.weight"].line == ""
+
+
+def test_lines_survive_torch_export() -> None:
+    class Sized(Mixed):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            for _ in range(int(x.dim()) - 1):  # torch.fx cannot iterate over this
+                x = x * 1.5
+            return super().forward(x)
+
+    t = e2pass.transform(Sized(), torch.randn(3, 5), config="8bit")
+    assert "captured by export" in str(t.diagnostics)
+    first = Mixed.forward.__code__.co_firstlineno
+    assert _own_line(t.graph, "stem") == {f"test_training_graph.py:{first + 1}"}
+
+
+def test_a_model_of_torchs_own_modules_has_no_lines(graph: TrainingGraph) -> None:
+    assert {n.line for n in graph.nodes if n.site.layer == "0"} == {""}
+
+
+def test_expected_executions(transformed: Transformed, graph: TrainingGraph) -> None:
     """Half of the batches are dropped; of the others 40 % of the samples skip a gated block: 0.5 * 0.6."""
-    gated = {block.name for block in transformed.blocks if block.gated}
-    assert gated
-    plain = graph.to_networkx()
-    forward = [
-        a
-        for _, a in plain.nodes(data=True)
-        if a["phase"] == "forward" and a["op"].startswith(("aten.mm", "aten.addmm"))
+    assert {block.name for block in transformed.blocks if block.gated}
+    products = [
+        n for n in graph.nodes if n.site.phase is Phase.FORWARD and n.site.op.startswith(("aten.mm", "aten.addmm"))
     ]
-    inside = [a["probability"] for a in forward if a["region"].startswith("body_")]
-    outside = [a["probability"] for a in forward if a["region"].startswith("trunk_")]
-    assert len(inside) == 4  # two layers in each of two blocks
-    assert len(outside) == 2  # the first layer and the last
-    assert inside == pytest.approx([0.3] * 4)
-    assert outside == pytest.approx([0.5] * 2)
-    assert all(a["energy_j"] > 0 for a in forward)
+    inside = [n.probability(graph.rates) for n in products if n.site.region.startswith("body_")]
+    outside = [n.probability(graph.rates) for n in products if n.site.region.startswith("trunk_")]
+    assert inside == pytest.approx([0.3] * 4)  # two layers in each of two blocks
+    assert outside == pytest.approx([0.5] * 2)  # the first layer and the last
+    assert graph["data/smd"].probability(graph.rates) == 1.0
+    assert graph["data/input_1"].probability(graph.rates) == 0.5
 
 
-def test_dot_holds_the_same_nodes_and_edges(graph: TrainingGraph) -> None:
-    dot, plain = graph.to_dot(), graph.to_networkx()
-    nodes = set(re.findall(r'^    "([^"]+)" \[label=', dot, re.MULTILINE))
-    edges = set(re.findall(r'^  "([^"]+)" -> "([^"]+)";$', dot, re.MULTILINE))
-    assert nodes == set(plain)
-    assert edges == set(plain.edges)
-    assert dot.count("{") == dot.count("}")
-    assert len(re.findall(r"subgraph cluster_\d+ ", dot)) == len({node.site.region for node in graph.nodes})
-
-
-@pytest.mark.filterwarnings("ignore:.*deprecated - use:DeprecationWarning")  # of pyparsing, by pydot
-def test_dot_is_read_by_a_parser(graph: TrainingGraph) -> None:
-    pydot = pytest.importorskip("pydot")
-    (parsed,) = pydot.graph_from_dot_data(graph.to_dot())
-    assert parsed.get_type() == "digraph"
-    clusters = parsed.get_subgraphs()
-    found = {node.get_name().strip('"') for cluster in clusters for node in cluster.get_nodes()}
-    edges = {(e.get_source().strip('"'), e.get_destination().strip('"')) for e in parsed.get_edges()}
-    plain = graph.to_networkx()
-    assert found == set(plain)
-    assert edges == set(plain.edges)
-    assert {cluster.get_label().strip('"') for cluster in clusters} == {node.site.region for node in graph.nodes}
+def test_costs_are_those_of_the_report(transformed: Transformed, graph: TrainingGraph) -> None:
+    report = transformed.report()
+    assert report.transformed is not None
+    assert sum(row.total_j for row in graph.costs.values()) == pytest.approx(report.transformed.energy_j)
+    assert sum(row.total_j for row in graph.original.costs.values()) == pytest.approx(report.baseline.energy_j)
+    named = {node.name for node in graph.nodes}
+    assert set(graph.costs) | set(graph.without_cost) == named
+    assert not set(graph.costs) & set(graph.without_cost)
 
 
 def test_tagged_finds_what_a_technique_inserted(graph: TrainingGraph) -> None:
@@ -156,5 +232,67 @@ def test_forward_and_backward_are_graph_modules_of_each_region(graph: TrainingGr
     assert set(graph.forward) <= names
     for region, half in graph.forward.items():
         ours = {n.name for n in graph.nodes if n.site.region == region}
-        held = {n.name for n in [*half.graph.nodes, *graph.backward[region].graph.nodes] if n.op == "call_function"}
-        assert {f"{region}/{name}" for name in held} == ours
+        ahead = {f"{region}/{n.name}" for n in half.graph.nodes if n.op == "call_function"}
+        behind = {f"{region}/{n.name}" for n in graph.backward[region].graph.nodes if n.op == "call_function"}
+        assert ahead | behind == ours
+        assert ahead == {n.name for n in graph.nodes if n.site.region == region and n.in_forward}
+
+
+def test_filters(graph: TrainingGraph) -> None:
+    block = graph.select(block="1.body")
+    assert {n.site.block for n in block.nodes} == {"1.body"}
+    assert {e.source for e in block.edges} <= {n.name for n in block.nodes}
+    assert set(block.costs) <= {n.name for n in block.nodes}
+    both = graph.select(path="1", tag="psg", phase="dw")
+    assert all(n.tag.startswith("psg.") and n.site.layer.startswith("1.") for n in both.nodes)
+    assert Counter(n.tag for n in graph.select(tag="psg.sign").nodes) == {"psg.sign": 6}
+    assert len(graph.select(region="loss")) + len(graph.select(technique="psg")) < len(graph)
+    assert len(graph.select()) == len(graph)
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"block": "nope"}, "the graph has no block 'nope'; it has 1.body, 2.body"),
+        ({"path": "1.bod"}, "the graph has no path '1.bod'; it has"),
+        ({"region": "loss", "tag": "psg"}, "no node with region='loss', tag='psg'; each of them alone does fit some"),
+    ],
+)
+def test_a_filter_that_fits_nothing_says_what_there_is(graph: TrainingGraph, filters: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        graph.select(**filters)
+    assert message in str(error.value)
+
+
+def test_an_unknown_node_gets_similar_names(graph: TrainingGraph) -> None:
+    with pytest.raises(InputError, match=r"no node 'trunk_0/adm'; similar names are .*trunk_0/addmm"):
+        graph["trunk_0/adm"]
+
+
+def test_diff_of_the_techniques_one_by_one(transformed: Transformed, graph: TrainingGraph) -> None:
+    changes = graph.diff()
+    assert {n.site.op for n in changes.removed} == {"aten.t.default"}  # weights turn around after they are quantized
+    assert len(changes.added) + len(changes.replaced) + changes.kept == len(graph)
+    assert {n.made_by for n in changes.added} == {"drop-batches", "insert-gates", "quantize", "predict-signs"}
+    counts = {(change, what): n for change, what, n in changes.summary()}
+    assert counts["added", "psg.sign"] == 6
+    assert counts["added", "smd.drop"] == 1
+    update = next(r for r in changes.replaced if r.after.name == "update/0.weight")
+    assert update.changes == ("reads %trunk_0/mul_tensor instead of %trunk_0/t_3",)
+    text = changes.to_text()
+    assert "+ %data/smd = e2pass.smd.drop {smd.drop}\n" in text
+    assert "~ %update/0.weight: reads %trunk_0/mul_tensor instead of %trunk_0/t_3\n" in text
+    back = e2pass.diff(graph, graph.original)
+    assert [n.name for n in back.removed] == [n.name for n in changes.added]
+    assert [n.name for n in back.added] == [n.name for n in changes.removed]
+
+
+def test_diff_of_neutral_is_gates_only(mixed: tuple[Mixed, torch.Tensor, TrainingGraph]) -> None:
+    model, x, graph = mixed
+    neutral = graph.diff()
+    assert {n.tag for n in neutral.added} == {"slu.gate"}
+    assert {r.after.gate for r in neutral.replaced} == {0, 1}
+    plain = e2pass.transform(model, x, config=Config(smd=None, slu=None, psg=None, bits=None)).graph
+    assert plain.diff().empty
+    with pytest.raises(InputError, match="has no original"):
+        plain.original.diff()

@@ -14,6 +14,7 @@ import torch
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
+_LADDER = os.path.join(_HERE, "ladder.py")  # what is below it on the stack is the caller, not the model
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -30,8 +31,10 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def current_line() -> str:
-    """Return ``file.py:12`` of the innermost running line that belongs neither to torch nor to the capture."""
+    """Return ``file.py:12`` of the innermost running line of the model's code; ``""`` if all of it is torch's."""
     for frame in _frames(sys._getframe(1)):
+        if frame.f_code.co_filename == _LADDER:
+            return ""
         if _is_user_file(frame.f_code.co_filename):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
     return ""

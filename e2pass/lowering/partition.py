@@ -55,7 +55,7 @@ def partition(joint: Joint) -> Halves:
     ahead = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] not in BACKWARD_KINDS]
     back = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] in BACKWARD_KINDS]
     forward_nodes = ancestors([v for _, v in ahead])
-    _claim_multi_output_results(joint.graph, forward_nodes)
+    claim_results(joint.graph, forward_nodes)
     tangents = [(n, key) for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "tangent"]
     tangent_nodes = {n for n, _ in tangents}
     backward_nodes = ancestors([v for _, v in back], stop=forward_nodes | set(placeholders)) - set(placeholders)
@@ -99,7 +99,7 @@ def ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Nod
     return seen
 
 
-def _claim_multi_output_results(graph: fx.Graph, forward: set[fx.Node]) -> None:
+def claim_results(graph: fx.Graph, forward: set[fx.Node]) -> None:
     """Results of a forward operator that only backward reads (batch statistics, masks, sizes) stay in forward."""
     for node in graph.nodes:
         if node.op != "call_function":

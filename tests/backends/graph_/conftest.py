@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import e2pass
+from e2pass.transformed import Transformed
+from tests.zoo import vector_net, vector_residual
+
+
+def small() -> Transformed:
+    """Two equal residual blocks between two layers."""
+    torch.manual_seed(0)
+    return e2pass.transform(vector_net(vector_residual(16), vector_residual(16)), torch.zeros(4, 12), [None, None])
+
+
+@pytest.fixture(scope="session")
+def transformed() -> Transformed:
+    return small()
