@@ -36,7 +36,6 @@ class _Origin:
             region.name: {n.name: str(n.meta.get("e2_stack") or "") for n in region.graph.nodes}
             for region in program.plans["train"].regions
         }
-        self.parameters = dict(program.model.named_parameters())
 
     def dtypes(self, node: GraphNode) -> tuple[str, ...]:
         value: object = None
@@ -44,10 +43,9 @@ class _Origin:
             value = node.fx_node.meta.get("val")
         elif value_of(node) in self.flat:
             value = self.flat[value_of(node)].meta["val"]
-        elif node.site.region == "update":
-            value = self.parameters.get(node.name.partition("/")[2])
         found = tuple(dtype_name(v.dtype) for v in tree_leaves(value) if isinstance(v, Tensor))
-        return found if len(found) == len(node.outputs) else ()
+        # Outside of graphs, sums of weights' gradients and updates are described by their width alone.
+        return found if len(found) == len(node.outputs) else tuple(f"f{spec.bits}" for spec in node.outputs)
 
     def line(self, node: GraphNode) -> str:
         if node.site.region == "merge":
@@ -61,6 +59,8 @@ class _Origin:
             return "insert-gates"
         if region == "merge":
             return "capture"
+        if region == "weight_sum":
+            return "predict-signs" if node.tag.startswith("psg.") else "outline"
         if node.fx_node is not None and region in self.program.lowered:
             return self.program.made_by.get(region, {}).get(node.fx_node.name, "lower")
         return "outline" if region in self.lines or region == "gradient_sum" else "price"

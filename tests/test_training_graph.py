@@ -145,6 +145,24 @@ def test_who_depends_on_whom_is_what_perturbation_says(mixed: tuple[Mixed, torch
         assert structural == numeric, q
 
 
+def test_a_shared_weight_is_signed_once_behind_the_sums_over_its_uses() -> None:
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(
+        nn.Linear(5, 6), Residual(shared, nn.Tanh()), Residual(shared, nn.Tanh()), nn.Linear(6, 3)
+    )  # fmt: skip
+    graph = e2pass.transform(model, torch.randn(4, 5)).graph
+    (signed,) = graph["update/1.body.0.weight"].operands
+    above = nx.ancestors(graph.to_networkx(), signed)
+    assert {n for n in above if n.startswith("weight_sum/")} == {
+        n.name for n in graph.nodes if n.name.startswith("weight_sum/1.body.0.weight_") and n.name != signed
+    }
+    assert sum(n.site.op == "aten.sign.default" for n in graph.select(path="1.body.0").nodes) == 1
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    assert all(order[edge.source] < order[edge.target] for edge in graph.edges)
+    bodies = {graph[n].site.region for n in above}
+    assert {"body_1_body_0", "body_1_body_0#2"} <= bodies
+
+
 def test_every_node_says_where_it_comes_from(graph: TrainingGraph) -> None:
     assert {node.made_by for node in graph.nodes} == {
         "capture", "drop-batches", "insert-gates", "lower", "outline", "predict-signs", "price", "quantize",
@@ -273,7 +291,8 @@ def test_diff_of_the_techniques_one_by_one(transformed: Transformed, graph: Trai
     changes = graph.diff()
     assert {n.site.op for n in changes.removed} == {"aten.t.default"}  # weights turn around after they are quantized
     assert len(changes.added) + len(changes.replaced) + changes.kept == len(graph)
-    assert {n.made_by for n in changes.added} == {"drop-batches", "insert-gates", "quantize", "predict-signs"}
+    made_by = {n.made_by for n in changes.added if n.site.phase is not Phase.UPDATE}  # the gates' own updates
+    assert made_by == {"drop-batches", "insert-gates", "quantize", "predict-signs"}
     counts = {(change, what): n for change, what, n in changes.summary()}
     assert counts["added", "psg.sign"] == 6
     assert counts["added", "smd.drop"] == 1
@@ -290,7 +309,8 @@ def test_diff_of_the_techniques_one_by_one(transformed: Transformed, graph: Trai
 def test_diff_of_neutral_is_gates_only(mixed: tuple[Mixed, torch.Tensor, TrainingGraph]) -> None:
     model, x, graph = mixed
     neutral = graph.diff()
-    assert {n.tag for n in neutral.added} == {"slu.gate"}
+    assert {n.tag for n in neutral.added} == {"slu.gate", "update"}
+    assert {n.site.technique for n in neutral.added} == {"slu"}
     assert {r.after.gate for r in neutral.replaced} == {0, 1}
     plain = e2pass.transform(model, x, config=Config(smd=None, slu=None, psg=None, bits=None)).graph
     assert plain.diff().empty
