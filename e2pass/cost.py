@@ -37,10 +37,14 @@ class Technique(StrEnum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor operand: its shape and the true width of one element in bits (8 for a code, 32 for fp32)."""
+    """A tensor operand: its shape and the true width of one element in bits (8 for a code, 32 for fp32).
+
+    ``saved`` marks a value of the forward half that the backward half reads: a saved activation.
+    """
 
     shape: tuple[int, ...]
     bits: int = 32
+    saved: bool = False
 
     @property
     def numel(self) -> int:
@@ -109,6 +113,10 @@ class OpCost:
         energy_j: Joules by where they are spent: ``compute``, each memory level by name, ``static``.
         traffic_bytes: Bytes moved by memory level, off-chip level included.
         formula: Short statement of the formula used.
+        operand_bytes: ``traffic_bytes`` by memory level and operand: ``x``, ``w`` and ``y`` (or their gradients) for
+            convolutions and products, ``read`` and ``write`` for all else.
+        saved_write_bytes: Off-chip bytes, part of ``traffic_bytes``, written of values that the backward half reads.
+        saved_read_bytes: Likewise read by the backward half of values that the forward half saved.
     """
 
     macs: float
@@ -118,6 +126,9 @@ class OpCost:
     energy_j: Mapping[str, float]
     traffic_bytes: Mapping[str, float]
     formula: str
+    operand_bytes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    saved_write_bytes: float = 0.0
+    saved_read_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

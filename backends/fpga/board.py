@@ -99,10 +99,14 @@ class MacRate(_Model):
 
 
 class Array(_Model):
-    """The processing array: ``rows_pe`` times ``columns_pe`` processing elements."""
+    """The processing array: ``rows_pe`` times ``columns_pe`` processing elements, output stationary.
+
+    Partial sums leave it at ``accumulator_bits``.
+    """
 
     rows_pe: Annotated[Quantity, _within(1, 4096, "processing elements")]
     columns_pe: Annotated[Quantity, _within(1, 4096, "processing elements")]
+    accumulator_bits: Annotated[Quantity, _within(8, 64, "bits")]
     macs: Annotated[list[MacRate], Field(min_length=1)]
 
 
@@ -122,10 +126,15 @@ class VectorUnit(_Model):
 
 
 class MemoryLevel(_Model):
-    """One level of the memory hierarchy; reads and writes cost the same."""
+    """One level of the memory hierarchy; reads and writes cost the same.
+
+    ``bandwidth_gb_per_s`` is what it sustains: at most ``width_bits`` in each of its transfers.
+    """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     size_bytes: Annotated[Quantity, _within(1, 1e13, "bytes")]
+    width_bits: Annotated[Quantity, _within(1, 1e6, "bits")]
+    transfers_mt_per_s: Annotated[Quantity, _within(0.01, 1e5, "million transfers per second")]
     bandwidth_gb_per_s: Annotated[Quantity, _within(0.001, 1e5, "GB/s")]
     energy_pj_per_bit: Annotated[Quantity, _within(0.0001, 500, "pJ per bit")]
 
@@ -352,6 +361,13 @@ def _check_hierarchy(levels: list[MemoryLevel]) -> None:
             raise _inconsistent(f"memory lists the level {name} twice")
         if name in {"compute", "static"}:
             raise _inconsistent(f"memory level {name!r} is not allowed: reports use that name for something else")
+    for level in levels:
+        peak = level.width_bits.value / 8 * level.transfers_mt_per_s.value / 1e3
+        if level.bandwidth_gb_per_s.value > peak * (1 + 1e-9):
+            raise _inconsistent(
+                f"memory {level.name}: bandwidth_gb_per_s = {level.bandwidth_gb_per_s.value:g} is not allowed: at most "
+                f"{peak:g}, its width_bits times its transfers_mt_per_s"
+            )
     for inner, outer in pairwise(levels):
         if outer.size_bytes.value <= inner.size_bytes.value:
             raise _inconsistent(

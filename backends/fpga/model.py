@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
+from typing import get_args
 
 from e2pass.backends.fpga.board import Board, MacCost, load_board
-from e2pass.backends.fpga.mapper import map_product
+from e2pass.backends.fpga.fused import map_fused
+from e2pass.backends.fpga.mapper import ArrayShape, Goal, Level, Mapped, Objective, map_nest
 from e2pass.backends.fpga.registry import lookup
-from e2pass.backends.fpga.workload import Product, Reread, Work
+from e2pass.backends.fpga.workload import Product, Work
 from e2pass.cost import Free, OpCost, OpSite, Unsupported
+from e2pass.errors import ConfigError
 
 PICO = 1e-12
 
@@ -22,7 +25,10 @@ ASSUMPTIONS: Mapping[str, str] = {
     "second pass": "statistics that precede their use (batch norm, quantization) read a tensor twice unless the slice "
     "they are taken over fits into half of the on-chip memory",
     "overlap": "within an operation array, vector unit and memories work at the same time: the slowest decides",
-    "utilisation": "the array and the memories reach their stated rates",
+    "utilisation": "the array reaches its stated rate where both output dimensions of a product fill its rows and "
+    "columns, and loses what their last row and column leave empty; the memories reach their stated rates",
+    "mapping": "each product is tiled for least energy (or time) under double buffering; a dX computes only where the "
+    "forward convolution did, so that strides waste nothing",
     "widths": "operands of 32 bits are fp32, narrower ones integer codes; a pair that the board does not list costs "
     "what the next wider one does",
     "padding": "multiplications with padding zeros are counted, as in FlopCounterMode",
@@ -38,20 +44,24 @@ class FpgaCostModel:
     * vector unit: ``alu_ops / ops_per_cycle``
     * memory: ``bytes / (bandwidth / clock)``
 
-    Off-chip bytes are those of the mapper for products and one read of each operand plus one write of each result
-    for all else. On-chip bytes are the off-chip bytes once more (each is buffered), plus what the units read from and
-    write to the buffers: for a product on ``R`` rows and ``C`` columns ``macs/C`` elements of the first operand (it is
-    broadcast along the columns), ``macs/R`` of the second and the result once; for element-wise work its operands and
-    results. Energy is ``macs * pJ + alu_ops * pJ + bytes * pJ``, plus static and processor power over the time.
+    Bytes of products are those of the mapper (``mapper.py``). All else reads each operand once from off-chip memory and
+    writes each result once, and passes every on-chip memory in and out again. Energy is
+    ``macs * pJ + alu_ops * pJ + bytes * pJ``, plus static and processor power over the time.
 
     Args:
         board: A description, the name of one that ships, or the path of a YAML file.
+        objective: What the mapper minimises for each product: ``energy`` (that of the fixed power over the time
+            included) or ``latency``.
 
     Raises:
         BoardError: If there is no such board or its description is malformed.
+        ConfigError: If the objective is unknown.
     """
 
-    def __init__(self, board: Board | str | os.PathLike[str] = "zedboard") -> None:
+    def __init__(self, board: Board | str | os.PathLike[str] = "zedboard", *, objective: Objective = "energy") -> None:
+        if objective not in get_args(Objective):
+            raise ConfigError(f"objective {objective!r} is not allowed; choose one of {', '.join(get_args(Objective))}")
+        self.objective = objective
         self.board = board if isinstance(board, Board) else load_board(board)
         self._mac = lru_cache(maxsize=None)(self.board.mac)
         self._vector = lru_cache(maxsize=None)(self.board.vector)
@@ -91,18 +101,26 @@ class FpgaCostModel:
         return self.price(work) if isinstance(work, Work) else work
 
     def price(self, work: Work) -> OpCost | Unsupported:
-        """Price ``work``; unsupported if the array has no MAC wide enough for one of its products."""
+        """Price ``work``; unsupported if a product has no MAC wide enough, or no tile of it fits on the chip."""
+        traffic = _Traffic(self.board)
         rates: list[MacCost] = []
+        array_cycles = 0.0
+        notes: list[str] = []
         for product in work.products:
             rate = self._mac(product.a.bits, product.b.bits)
             if rate is None:
                 return Unsupported(f"{self.name} has no MAC for operands of {product.a.bits} and {product.b.bits} bits")
+            mapped = self._map(product, rate)
+            if mapped is None:
+                return Unsupported(f"no tile of {product.nest} fits into the memories of {self.name}")
             rates.append(rate)
-        macs = sum(product.macs for product in work.products)
-        traffic, kept = self._traffic(work)
-        array_cycles = sum(p.macs / r.macs_per_cycle for p, r in zip(work.products, rates, strict=True))
+            array_cycles += product.macs / (rate.macs_per_cycle * mapped.utilisation)
+            traffic.product(product, mapped)
+            notes.append(mapped.text)
+        traffic.streams(work)
+        moved = traffic.by_level()
         vector_cycles = work.alu.total / self.board.vector_unit.ops_per_cycle.value
-        memory_cycles = (moved / self._bytes_per_cycle[level] for level, moved in traffic.items())
+        memory_cycles = (moved[level.name] / level.bytes_per_cycle for level in self._levels)
         cycles = max(array_cycles, vector_cycles, *memory_cycles)
         time_s = cycles / self._clock_hz
         vector = self._vector(work.alu_bits)
@@ -110,46 +128,97 @@ class FpgaCostModel:
             "compute": PICO * sum(p.macs * r.energy_pj for p, r in zip(work.products, rates, strict=True))
             + PICO * (work.alu.adds * vector.add_pj + work.alu.multiplies * vector.multiply_pj)
         }
-        for level in self.board.memory:
-            energy[level.name] = PICO * 8 * traffic[level.name] * level.energy_pj_per_bit.value
+        for level in self._levels:
+            energy[level.name] = PICO * moved[level.name] * level.pj_per_byte
         energy["static"] = self._fixed_w * time_s
-        formula = f"{work.formula}; {kept}" if kept else work.formula
-        return OpCost(macs, work.alu.total, cycles, time_s, energy, traffic, formula)
+        return OpCost(
+            sum(product.macs for product in work.products),
+            work.alu.total,
+            cycles,
+            time_s,
+            energy,
+            moved,
+            "; ".join([work.formula, *dict.fromkeys(notes)]),
+            traffic.by_operand(),
+            work.saved_write_bytes + traffic.saved_written,
+            work.saved_read_bytes + traffic.saved_read,
+        )
 
-    def _traffic(self, work: Work) -> tuple[dict[str, float], str]:
-        buffer = self.board.on_chip.size_bytes.value
-        again = sum(stream.total_bytes for stream in work.rereads if not _fits(stream, buffer))
-        streamed = work.read_bytes + again + work.write_bytes
-        off_chip, on_chip = streamed, streamed
-        kept: list[str] = []
-        for product in work.products:
-            mapped = map_product(product, buffer)
-            off_chip += mapped.total_bytes
-            on_chip += self._array_bytes(product)
-            kept.append(mapped.kept)
-        traffic = {level.name: 0.0 for level in self.board.memory}
-        traffic[self.dram] = off_chip
-        traffic[self.board.on_chip.name] = off_chip + on_chip
-        return traffic, ", ".join(dict.fromkeys(kept))
+    def map(self, product: Product) -> Mapped | None:
+        """Return the mapping of a product; None if no tile of it fits, or no MAC is wide enough."""
+        rate = self._mac(product.a.bits, product.b.bits)
+        return None if rate is None else self._map(product, rate)
 
-    def _array_bytes(self, product: Product) -> float:
-        """Bytes between the buffers and the array: operands shared by rows and columns, the result once."""
-        rows, columns = self.board.array.rows_pe.value, self.board.array.columns_pe.value
-        operands = product.a.bits / columns + product.b.bits / rows
-        return product.macs * operands / 8 + product.out.bytes
+    def _map(self, product: Product, rate: MacCost) -> Mapped | None:
+        if product.nest is None:
+            return map_fused(product, self._levels, self._shape)
+        return map_nest(product.nest, self._levels, self._shape, rate.macs_per_cycle, self._goal)
+
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
+        return tuple(
+            Level(
+                m.name,
+                m.size_bytes.value,
+                m.bandwidth_gb_per_s.value * 1e9 / self._clock_hz,
+                8 * m.energy_pj_per_bit.value,
+            )
+            for m in self.board.memory
+        )
+
+    @cached_property
+    def _shape(self) -> ArrayShape:
+        array = self.board.array
+        return ArrayShape(int(array.rows_pe.value), int(array.columns_pe.value), int(array.accumulator_bits.value))
+
+    @cached_property
+    def _goal(self) -> Goal:
+        return Goal(self.objective, self._fixed_w / self._clock_hz / PICO)
 
     @cached_property
     def _clock_hz(self) -> float:
         return self.board.clock_mhz.value * 1e6
 
     @cached_property
-    def _bytes_per_cycle(self) -> dict[str, float]:
-        return {m.name: m.bandwidth_gb_per_s.value * 1e9 / self._clock_hz for m in self.board.memory}
-
-    @cached_property
     def _fixed_w(self) -> float:
         return self.board.power.static_w.value + self.board.power.processing_system_w.value
 
 
-def _fits(stream: Reread, buffer: float) -> bool:
-    return stream.slice_bytes <= buffer / 2
+class _Traffic:
+    """Adds up what the parts of an operation move, by memory and operand."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.levels = [level.name for level in board.memory]
+        self.moved: dict[str, dict[str, float]] = {name: {} for name in self.levels}
+        self.saved_written = self.saved_read = 0.0
+
+    def product(self, product: Product, mapped: Mapped) -> None:
+        """What the mapper decided."""
+        off_chip: Mapping[str, float] = mapped.traffic_bytes[self.levels[-1]]
+        for level, operands in mapped.traffic_bytes.items():
+            for operand, amount in operands.items():
+                self._add(level, operand, amount)
+        names = ("a", "b", "out") if product.nest is None else (*product.nest.reads, product.nest.writes)
+        for tensor, name in zip((product.a, product.b), names, strict=False):
+            self.saved_read += off_chip[name] if tensor.saved else 0.0
+        self.saved_written += product.out.bytes if product.out.saved else 0.0
+
+    def streams(self, work: Work) -> None:
+        """All else passes every memory on the way to the vector unit and back."""
+        again = [r for r in work.rereads if r.slice_bytes > self.board.on_chip.size_bytes.value / 2]
+        self.saved_read += sum(r.total_bytes for r in again if r.saved)
+        read = work.read_bytes + sum(r.total_bytes for r in again)
+        for level in self.levels:
+            passes = 1 if level == self.levels[-1] else 2
+            self._add(level, "read", passes * read)
+            self._add(level, "write", passes * work.write_bytes)
+
+    def by_level(self) -> dict[str, float]:
+        return {level: sum(operands.values()) for level, operands in self.moved.items()}
+
+    def by_operand(self) -> dict[str, dict[str, float]]:
+        return {level: {k: v for k, v in operands.items() if v} for level, operands in self.moved.items()}
+
+    def _add(self, level: str, operand: str, amount: float) -> None:
+        self.moved[level][operand] = self.moved[level].get(operand, 0.0) + amount

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from e2pass.backends.fpga.nest import Nest
 from e2pass.cost import TensorSpec
 
 
@@ -44,6 +45,7 @@ class Product:
         b: Second operand.
         out: Result.
         batches: Independent products that it consists of, each with an equal share of the operands.
+        nest: Its loops, for the mapper; None for fused products, which are mapped by closed form (``fused.py``).
     """
 
     macs: float
@@ -51,6 +53,12 @@ class Product:
     b: TensorSpec
     out: TensorSpec
     batches: int = 1
+    nest: Nest | None = None
+
+    @classmethod
+    def of(cls, nest: Nest, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> Product:
+        """The product that a nest describes; ``a`` and ``b`` in the order of ``nest.reads``."""
+        return cls(nest.macs, a, b, out, nest.g, nest)
 
 
 class Reread(NamedTuple):
@@ -61,6 +69,7 @@ class Reread(NamedTuple):
 
     total_bytes: float
     slice_bytes: float
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ class Work:
         products: Work for the array; their operands and results move as the mapper decides.
         read_bytes: Bytes of all other operands, each read once.
         write_bytes: Bytes of all other results, each written once.
+        saved_read_bytes: The part of ``read_bytes`` that was saved by the forward half.
+        saved_write_bytes: The part of ``write_bytes`` that is saved for the backward half.
         rereads: Streams that may have to be read twice.
         alu: Work for the vector unit.
         alu_bits: Width of its operands.
@@ -81,6 +92,8 @@ class Work:
     products: tuple[Product, ...] = ()
     read_bytes: float = 0.0
     write_bytes: float = 0.0
+    saved_read_bytes: float = 0.0
+    saved_write_bytes: float = 0.0
     rereads: tuple[Reread, ...] = ()
     alu: Alu = NO_ALU
     alu_bits: int = 32

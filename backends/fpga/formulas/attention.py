@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e2pass.backends.fpga.formulas.common import EXP, MULTIPLY, size, tensor
+from e2pass.backends.fpga.formulas.common import EXP, MULTIPLY, saved, size, tensor
 from e2pass.backends.fpga.registry import register_cost
 from e2pass.backends.fpga.workload import Alu, Product, Work
 from e2pass.cost import OpSite, TensorSpec
@@ -21,12 +21,14 @@ def attention(site: OpSite) -> Work:
     q, k, v = (tensor(site, i) for i in range(3))
     scores = _scores(q, k)
     out = site.outputs[0]
+    kept = [t for t in site.outputs[1:] if len(t.shape) > 1]
     product = Product(float(scores * (q.shape[-1] + v.shape[-1])), q, _merge(k, v), out, _pairs(k))
     return Work(
         "attention: B*H*L*S*(E+Ev) MACs, scores stay on chip",
         (product,),
         read_bytes=_others(site, (q, k, v)),
-        write_bytes=size(t for t in site.outputs[1:] if len(t.shape) > 1),
+        write_bytes=size(kept),
+        saved_write_bytes=saved(kept),
         alu=SOFTMAX.times(scores),
     )
 
@@ -43,6 +45,7 @@ def attention_backward(site: OpSite) -> Work:
         "attention backward: B*H*L*S*(3E+2Ev) MACs, scores recomputed",
         (product,),
         read_bytes=_others(site, (gy, q, k, v)),
+        saved_read_bytes=saved(site.inputs) - saved((k, v)),
         alu=SOFTMAX.plus(MULTIPLY).plus(Alu(1, 1)).times(scores),
     )
 
@@ -59,7 +62,8 @@ def _pairs(k: TensorSpec) -> int:
 
 def _merge(*tensors: TensorSpec) -> TensorSpec:
     """One operand with the elements of all ``tensors``, as wide as the widest."""
-    return TensorSpec((sum(t.numel for t in tensors),), max(t.bits for t in tensors))
+    every = all(t.saved for t in tensors)
+    return TensorSpec((sum(t.numel for t in tensors),), max(t.bits for t in tensors), every)
 
 
 def _others(site: OpSite, done: tuple[TensorSpec, ...]) -> float:

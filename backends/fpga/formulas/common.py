@@ -38,6 +38,11 @@ def size(tensors: Iterable[TensorSpec]) -> float:
     return sum(t.bytes for t in tensors)
 
 
+def saved(tensors: Iterable[TensorSpec]) -> float:
+    """Return the bytes of those among ``tensors`` that the forward half saves for the backward half."""
+    return size(t for t in tensors if t.saved)
+
+
 def width(*tensors: TensorSpec) -> int:
     """Return the width of element-wise work on ``tensors``: that of the widest, at most 32 bits."""
     return min(32, max((t.bits for t in tensors), default=32))
@@ -76,6 +81,8 @@ def stream(
         formula,
         read_bytes=size(read),
         write_bytes=size(written),
+        saved_read_bytes=saved(read),
+        saved_write_bytes=saved(written),
         rereads=rereads,
         alu=per_element.times(count),
         alu_bits=width(*read, *written),

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from e2pass.backends.fpga.formulas.common import LOG, RANDOM, SQRT, TRIGONOMETRIC, arguments, size, stream, tensor
+from e2pass.backends.fpga.formulas.common import (
+    LOG,
+    RANDOM,
+    SQRT,
+    TRIGONOMETRIC,
+    arguments,
+    saved,
+    size,
+    stream,
+    tensor,
+)
 from e2pass.backends.fpga.registry import register_cost
 from e2pass.backends.fpga.workload import Alu, Work
 from e2pass.cost import OpSite, TensorSpec
@@ -51,7 +61,7 @@ def gather(site: OpSite) -> Work:
     """As many elements are read as are written, and the indices."""
     out = site.outputs[0]
     indices = [t for t in site.inputs[1:]]
-    picked = TensorSpec(out.shape, site.inputs[0].bits)
+    picked = TensorSpec(out.shape, site.inputs[0].bits, site.inputs[0].saved)
     return stream(site, "gather: out read, indices read, out written", reads=(picked, *indices))
 
 
@@ -72,6 +82,7 @@ def embedding_backward(site: OpSite) -> Work:
         "embedding backward: zero-filled table + rows read, added, written",
         read_bytes=gy.bytes + indices.bytes + rows,
         write_bytes=size(site.outputs) + rows,
+        saved_read_bytes=saved((gy, indices)),
         alu=Alu(gy.numel, 0),
     )
 
@@ -87,6 +98,8 @@ def scatter(site: OpSite) -> Work:
         "scatter: base copied, values read, added, written",
         read_bytes=size(site.inputs) + moved,
         write_bytes=size(site.outputs) + moved,
+        saved_read_bytes=saved(site.inputs),
+        saved_write_bytes=saved(site.outputs),
         alu=Alu(values, 0),
     )
 

@@ -34,7 +34,7 @@ def elementwise_loss(site: OpSite) -> Work:
 def nll(site: OpSite) -> Work:
     """One log-probability is picked per target."""
     logp, target = tensor(site, 0), tensor(site, 1)
-    picked = TensorSpec(target.shape, logp.bits)
+    picked = TensorSpec(target.shape, logp.bits, logp.saved)
     return stream(site, "nll: one element per target", Alu(1, 1), elements=target.numel, reads=(picked, target))
 
 

@@ -40,7 +40,7 @@ def batch_norm(site: OpSite) -> Work:
         "batch norm, training: statistics, then normalise",
         STATISTICS.plus(NORMALISE),
         elements=x.numel,
-        rereads=(Reread(x.bytes, _channel(x)),),
+        rereads=(Reread(x.bytes, _channel(x), x.saved),),
     )
 
 
@@ -56,7 +56,8 @@ def batch_norm_backward(site: OpSite) -> Work:
     gy, x = (tensor(site, 0), tensor(site, 1)) if "cudnn" not in site.op else (tensor(site, 1), tensor(site, 0))
     if not _training(site):
         return stream(site, "batch norm backward, running statistics", SUMS_BACKWARD.plus(Alu(0, 1)), elements=x.numel)
-    rereads = (Reread(x.bytes, _channel(x) + _channel(gy)), Reread(gy.bytes, _channel(x) + _channel(gy)))
+    part = _channel(x) + _channel(gy)
+    rereads = (Reread(x.bytes, part, x.saved), Reread(gy.bytes, part))
     return _backward(site, "batch norm backward: sums, then dX", x, rereads)
 
 
@@ -65,7 +66,8 @@ def layer_norm(site: OpSite) -> Work:
     """Statistics over each row, then normalisation."""
     x = tensor(site, 0)
     row = math.prod(site.args[1]) * x.bits / 8
-    return stream(site, "layer norm", STATISTICS.plus(NORMALISE), elements=x.numel, rereads=(Reread(x.bytes, row),))
+    rereads = (Reread(x.bytes, row, x.saved),)
+    return stream(site, "layer norm", STATISTICS.plus(NORMALISE), elements=x.numel, rereads=rereads)
 
 
 @register_cost("aten.native_layer_norm_backward", "aten._fused_rms_norm_backward")
@@ -73,14 +75,14 @@ def layer_norm_backward(site: OpSite) -> Work:
     """Sums over each row, then the input gradient."""
     gy, x = tensor(site, 0), tensor(site, 1)
     row = math.prod(site.args[2]) * (x.bits + gy.bits) / 8
-    return _backward(site, "layer norm backward", x, (Reread(x.bytes, row), Reread(gy.bytes, row)))
+    return _backward(site, "layer norm backward", x, (Reread(x.bytes, row, x.saved), Reread(gy.bytes, row)))
 
 
 @register_cost("aten.native_group_norm")
 def group_norm(site: OpSite) -> Work:
     """Statistics over each sample's group of channels, then normalisation."""
     x, samples, groups = tensor(site, 0), site.args[3], site.args[6]
-    rereads = (Reread(x.bytes, x.bytes / max(1, samples * groups)),)
+    rereads = (Reread(x.bytes, x.bytes / max(1, samples * groups), x.saved),)
     return stream(site, "group norm", STATISTICS.plus(NORMALISE), elements=x.numel, rereads=rereads)
 
 
@@ -89,7 +91,7 @@ def group_norm_backward(site: OpSite) -> Work:
     """Sums over each sample's group of channels, then the input gradient."""
     gy, x, samples, groups = tensor(site, 0), tensor(site, 1), site.args[5], site.args[8]
     part = (x.bytes + gy.bytes) / max(1, samples * groups)
-    return _backward(site, "group norm backward", x, (Reread(x.bytes, part), Reread(gy.bytes, part)))
+    return _backward(site, "group norm backward", x, (Reread(x.bytes, part, x.saved), Reread(gy.bytes, part)))
 
 
 def _backward(site: OpSite, formula: str, x: TensorSpec, rereads: tuple[Reread, ...]) -> Work:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 from e2pass.backends.fpga.formulas.common import ADD, tensor, width
+from e2pass.backends.fpga.nest import Name, Nest
+from e2pass.backends.fpga.nest import convolution as build
+from e2pass.backends.fpga.nest import product as matmul
 from e2pass.backends.fpga.registry import register_cost
 from e2pass.backends.fpga.workload import Alu, Product, Work
 from e2pass.cost import OpSite, TensorSpec
@@ -17,10 +20,9 @@ def convolution(site: OpSite) -> Work:
 
     The weight holds ``c_out * c_in/groups * kernel`` elements, so groups and depthwise convolutions are exact.
     """
-    x, w = tensor(site, 0), tensor(site, 1)
-    out = site.outputs[0]
-    product = Product(_conv_macs(x, w, out, transposed=bool(site.args[6])), x, w, out)
-    return _with_bias("conv: N*positions*|W| MACs", product, site.args[2])
+    x, w, out = tensor(site, 0), tensor(site, 1), site.outputs[0]
+    nest = _nest(site.args, 3, x, w, out, "y")
+    return _with_bias("conv: N*positions*|W| MACs", Product.of(nest, x, w, out), site.args[2])
 
 
 @register_cost("aten.convolution_backward")
@@ -31,25 +33,40 @@ def convolution_backward(site: OpSite) -> Work:
     output gradient. The input is read for the weight gradient only, the weight for the input gradient only.
     """
     gy, x, w = tensor(site, 0), tensor(site, 1), tensor(site, 2)
-    mask = site.args[10]
-    macs = _conv_macs(x, w, gy, transposed=bool(site.args[7]))
-    results = _by_mask(mask, site.outputs)
     products: list[Product] = []
-    read = written = 0.0
-    adds = 0.0
+    read = written = adds = 0.0
     names: list[str] = []
-    for index, out in results.items():
+    for index, out in _by_mask(site.args[10], site.outputs).items():
         if index == 0:
-            products.append(Product(macs, gy, w, out))
+            products.append(Product.of(_nest(site.args, 4, out, w, gy, "x"), gy, w, out))
             names.append("dX")
         elif index == 1:
-            products.append(Product(macs, x, gy, out))
+            products.append(_weight_gradient(site, x, out, gy))
             names.append("dW")
         else:
             read, written, adds = gy.bytes, out.bytes, gy.numel
             names.append("dB")
     formula = f"conv {'+'.join(names)}: N*positions*|W| MACs"
     return Work(formula, tuple(products), read, written, alu=Alu(adds, 0), alu_bits=width(gy))
+
+
+def _nest(args: Sequence[Any], at: int, x: TensorSpec, w: TensorSpec, y: TensorSpec, writes: Name) -> Nest:
+    """The nest from ``x`` to ``y``, or of a gradient; the geometry stands in the arguments from ``at`` on.
+
+    A transposed convolution goes the other way: its input is the ``y`` of the nest.
+    """
+    stride, padding, dilation, transposed, _, groups = args[at : at + 6]
+    if transposed:
+        x, y = y, x
+        turned: dict[Name, Name] = {"y": "x", "x": "y", "w": "w"}
+        writes = turned[writes]
+    return build(x, w, y, stride=stride, padding=padding, dilation=dilation, groups=groups, writes=writes)
+
+
+def _weight_gradient(site: OpSite, x: TensorSpec, out: TensorSpec, gy: TensorSpec) -> Product:
+    nest = _nest(site.args, 4, x, out, gy, "w")
+    operands = (gy, x) if site.args[7] else (x, gy)
+    return Product.of(nest, *operands, out)
 
 
 @register_cost("aten.mm", "aten._int_mm")
@@ -73,36 +90,38 @@ def addmm(site: OpSite) -> Work:
 @register_cost("aten.mv", "aten.dot")
 def mv(site: OpSite) -> Work:
     """A matrix or vector times a vector: one MAC per element of the first operand."""
-    a, b = tensor(site, 0), tensor(site, 1)
-    return Work("matrix * vector: |A| MACs", (Product(a.numel, a, b, site.outputs[0]),))
+    return Work("matrix * vector: |A| MACs", (_matvec(tensor(site, 0), tensor(site, 1), site.outputs[0]),))
 
 
 @register_cost("aten.addmv")
 def addmv(site: OpSite) -> Work:
     """A matrix times a vector, plus a vector."""
-    a, b = tensor(site, 1), tensor(site, 2)
-    return _with_bias("matrix * vector + bias: |A| MACs", Product(a.numel, a, b, site.outputs[0]), site.args[0])
+    product = _matvec(tensor(site, 1), tensor(site, 2), site.outputs[0])
+    return _with_bias("matrix * vector + bias: |A| MACs", product, site.args[0])
 
 
 @register_cost("aten.linear")
 def linear(site: OpSite) -> Work:
     """``macs = rows * in * out``."""
-    x, w = tensor(site, 0), tensor(site, 1)
-    product = Product(float(x.numel * w.shape[0]), x, w, site.outputs[0])
-    return _with_bias("linear: rows*in*out MACs", product, site.args[2] if len(site.args) > 2 else None)
-
-
-def _conv_macs(x: TensorSpec, w: TensorSpec, y: TensorSpec, *, transposed: bool) -> float:
-    positions = (x if transposed else y).shape[2:]
-    return float(x.shape[0] * math.prod(positions) * w.numel)
+    x, w, y = tensor(site, 0), tensor(site, 1), site.outputs[0]
+    nest = matmul(x.numel // w.shape[1], w.shape[1], w.shape[0], (x.bits, w.bits, y.bits))
+    return _with_bias(
+        "linear: rows*in*out MACs", Product.of(nest, x, w, y), site.args[2] if len(site.args) > 2 else None
+    )
 
 
 def _matmul(site: OpSite, first: int) -> Product:
-    a, b = tensor(site, first), tensor(site, first + 1)
+    a, b, out = tensor(site, first), tensor(site, first + 1), site.outputs[0]
     if a.shape[-1] != b.shape[-2]:
         raise ValueError(f"inner dimensions differ: {a.shape} and {b.shape}")
     batches = a.shape[0] if len(a.shape) == 3 else 1
-    return Product(float(a.numel * b.shape[-1]), a, b, site.outputs[0], max(batches, 1))
+    nest = matmul(a.shape[-2], a.shape[-1], b.shape[-1], (a.bits, b.bits, out.bits), batches)
+    return Product.of(nest, a, b, out)
+
+
+def _matvec(a: TensorSpec, b: TensorSpec, out: TensorSpec) -> Product:
+    length = b.shape[-1]
+    return Product.of(matmul(a.numel // max(1, length), length, 1, (a.bits, b.bits, out.bits)), a, b, out)
 
 
 def _with_bias(formula: str, product: Product, bias: object) -> Work:

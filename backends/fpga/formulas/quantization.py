@@ -25,7 +25,7 @@ def quantize(site: OpSite) -> Work:
         PEAK.plus(ENCODE),
         elements=x.numel,
         reads=(x,),
-        rereads=(Reread(x.bytes, x.bytes),),
+        rereads=(Reread(x.bytes, x.bytes, x.saved),),
     )
 
 

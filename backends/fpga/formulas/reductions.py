@@ -80,4 +80,4 @@ def sort(site: OpSite) -> Work:
 def _rows(shaped: TensorSpec, dim: int, *streams: TensorSpec) -> tuple[Reread, ...]:
     length = shaped.shape[dim] if shaped.shape else 1
     row = sum(length * s.bits / 8 for s in streams)
-    return tuple(Reread(s.bytes, row) for s in streams)
+    return tuple(Reread(s.bytes, row, s.saved) for s in streams)

@@ -23,6 +23,7 @@ DESCRIPTION: dict[str, Any] = {
     "array": {
         "rows_pe": q(10),
         "columns_pe": q(5),
+        "accumulator_bits": q(32),
         "macs": [
             {"operand_bits": [8, 8], "macs_per_cycle": q(200), "energy_pj_per_mac": q(1)},
             {"operand_bits": [16, 8], "macs_per_cycle": q(100), "energy_pj_per_mac": q(2)},
@@ -37,8 +38,22 @@ DESCRIPTION: dict[str, Any] = {
         ],
     },
     "memory": [
-        {"name": "sram", "size_bytes": q(2000), "bandwidth_gb_per_s": q(100), "energy_pj_per_bit": q(0.5)},
-        {"name": "dram", "size_bytes": q(1e9), "bandwidth_gb_per_s": q(1), "energy_pj_per_bit": q(20)},
+        {
+            "name": "sram",
+            "size_bytes": q(2000),
+            "width_bits": q(8000),
+            "transfers_mt_per_s": q(100),
+            "bandwidth_gb_per_s": q(100),
+            "energy_pj_per_bit": q(0.5),
+        },
+        {
+            "name": "dram",
+            "size_bytes": q(1e9),
+            "width_bits": q(8000),
+            "transfers_mt_per_s": q(100),
+            "bandwidth_gb_per_s": q(1),
+            "energy_pj_per_bit": q(20),
+        },
     ],
     "power": {"static_w": q(0.5), "processing_system_w": q(1.5)},
 }
