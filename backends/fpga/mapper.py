@@ -146,8 +146,8 @@ def _text(tiling: Tiling) -> str:
 
 class _Spread(NamedTuple):
     utilisation: float
-    first_shared: int
-    second_shared: int
+    first_shared: float
+    second_shared: float
 
 
 @lru_cache(maxsize=65536)
@@ -164,9 +164,14 @@ def _spread(nest: Nest, array: ArrayShape) -> _Spread:
             g = nest.g
             used = _used(first * g, one) * _used(second, other) if groups_first else (
                 _used(first, one) * _used(second * g, other))  # fmt: skip
-            choices.append(_Spread(used, min(second, other), min(first, one)))
+            choices.append(_Spread(used, _shared(second, other), _shared(first, one)))
     a, b = (nest.bits(name) for name in nest.reads)
     return max(choices, key=lambda s: (round(s.utilisation, 12), -(a / s.first_shared + b / s.second_shared)))
+
+
+def _shared(size: int, axis: int) -> float:
+    """Elements along an axis, averaged over the rounds that it takes."""
+    return size / math.ceil(size / axis)
 
 
 def _used(size: int, axis: int) -> float:
