@@ -23,7 +23,7 @@ def test_one_convolution_by_hand() -> None:
     cost = priced(BENCH.cost(conv(1, 2, 3, 4)))
     macs = 16 * 3 * 2 * 9
     dram = 128 + 216 + 192
-    # Buffered once; the input is shared by the 3 columns in use, the weight by 8 rows in each of 2 rounds; the result once.
+    # Buffered once; the input is shared by the 3 columns in use, the weight by 8 rows in 2 rounds; the result once.
     sram = dram + macs * 4 / 3 + macs * 4 / 8 + 192
     # 53.6; the array takes 864 / 50 / 0.48 = 36: 16 positions use 4/5 of two rounds of 10 rows, 3 channels 3/5
     cycles = dram / 10
