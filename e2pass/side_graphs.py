@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from e2pass.errors import LoweringError
-from e2pass.lowering.joint import BATCH, Joint, ValueSpec, lower
+from e2pass.lowering import lower
+from e2pass.lowering.joint import BATCH, Joint, ValueSpec
 from e2pass.plan import ValueName
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates

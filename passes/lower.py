@@ -9,7 +9,7 @@ from torch import fx
 
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import LoweringError
-from e2pass.lowering.joint import Joint, lower
+from e2pass.lowering import lower
 from e2pass.passes.base import Pass, PassResult
 from e2pass.program import Program
 
@@ -37,25 +37,7 @@ class Lower(Pass):
                         "E2P301", region.name, str(error), "it runs as plain PyTorch and has no price; see the coverage"
                     )
                     continue
-                program.lowered[region.name] = (joint, duplicate(joint))
+                program.lowered[region.name] = (joint, joint.copy())
         finally:
             program.model.train(mode)
         return PassResult(program, bool(program.lowered), diagnostics)
-
-
-def duplicate(joint: Joint) -> Joint:
-    """A copy whose graph can be rewritten apart; fake values are shared."""
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(joint.graph, nodes)
-    graph.output(output)
-    for old, new in nodes.items():
-        new.meta = dict(old.meta)
-    return Joint(
-        fx.GraphModule(joint.graph_module, graph),
-        list(joint.inputs),
-        list(joint.outputs),
-        joint.batch,
-        joint.symbol,
-        joint.guards,
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -97,6 +97,31 @@ class Joint:
         self.graph.output_node().args = (list(nodes),)
         self.outputs = list(outputs)
 
+    def copy(self, inputs: Sequence[tuple[str, Any]] | None = None) -> Joint:
+        """A copy whose graph can be rewritten apart, perhaps with other names of inputs; fake values are shared."""
+        keys = list(self.inputs if inputs is None else inputs)
+        graph = fx.Graph()
+        nodes: dict[fx.Node, fx.Node] = {}
+        for old, key in zip(self.graph.find_nodes(op="placeholder"), keys, strict=True):
+            name = old.name if inputs is None else _placeholder(*key)
+            nodes[old] = graph.create_node("placeholder", f"arg_{len(nodes)}", name=name)
+        graph.output(graph.graph_copy(self.graph, nodes))
+        for old, new in nodes.items():
+            new.meta = dict(old.meta)
+        return replace(
+            self,
+            graph_module=fx.GraphModule(self.graph_module, graph),
+            inputs=keys,
+            outputs=list(self.outputs),
+            scales=list(self.scales),
+            notes=dict(self.notes),
+        )
+
+
+def _placeholder(kind: str, key: Any) -> str:
+    """What a placeholder is called: after what it stands for."""
+    return str(key).replace(".", "_") if kind in ("param", "buffer") else f"{kind}_{key}"
+
 
 class _Interpreted(nn.Module):
     """A graph module run node by node, so that each traced operation knows the node it came from."""
@@ -123,7 +148,7 @@ class _Interpreted(nn.Module):
         return outputs
 
 
-def lower(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joint:
+def trace_joint(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joint:
     """Trace ``module`` forward and backward into one ATen graph with a symbolic batch size.
 
     Every node of the result carries ``meta["e2_from"]``: the name of the node of ``module`` it was traced from, for
@@ -143,7 +168,8 @@ def lower(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joi
             joint = _trace(module, specs, max(batch, 2), clone_outputs=True)
     if joint is None:
         raise LoweringError("lowering failed: an output aliases an input in a way that cloning it does not undo")
-    _name_placeholders(joint)
+    for node, key in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True):
+        node._rename(_placeholder(*key))
     _trace_provenance(joint.graph)
     canonicalize(joint.graph)
     joint.graph_module.recompile()
@@ -187,12 +213,6 @@ def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, cl
     tangents = {key for kind, key in joint.inputs if kind == "tangent"}
     wanted = {i for i, wants in enumerate(wrapped.outputs_want_grad) if wants}
     return None if wanted - tangents else joint
-
-
-def _name_placeholders(joint: Joint) -> None:
-    for node, (kind, key) in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True):
-        name = str(key).replace(".", "_") if kind in ("param", "buffer") else f"{kind}_{key}"
-        node._rename(name)
 
 
 def _trace_provenance(graph: fx.Graph) -> None:
