@@ -32,6 +32,7 @@ from e2pass.report import CostReport
 from e2pass.runtime.module import E2Module, Executable
 from e2pass.runtime.runner import LoweringCache
 from e2pass.runtime.scales import RunningScales
+from e2pass.runtime.steps import StepCounter
 from e2pass.training_step import TrainingStep
 from e2pass.transformed import Transformed
 
@@ -171,7 +172,13 @@ def assemble(program: Program) -> E2Module:
     scales = None
     if config.bits is not None:
         scales = RunningScales({name: joint.scales for name, (_, joint) in program.lowered.items() if joint.scales})
-    return E2Module(program.model, executable, program.slu, scales)
+    return E2Module(program.model, executable, program.slu, scales, _step_counter(config))
+
+
+def _step_counter(config: Config) -> StepCounter | None:
+    warmup = config.psg.warmup if config.psg is not None else 0
+    stochastic = config.bits is not None and config.bits.rounding == "stochastic"
+    return StepCounter(warmup) if warmup or stochastic else None
 
 
 def _small(program: Program) -> Inputs:

@@ -72,11 +72,21 @@ class Bits(_Section):
         x: Bits of activations.
         w: Bits of weights.
         grad: Bits of the gradients that flow back.
+        norm_saved: Bits of the norm inputs that backward keeps; None keeps them in fp32.
+        w_scale: One scale for a weight ``tensor``, or one for each output ``channel``.
+        rounding: To ``nearest`` even, or ``stochastic`` while training, from a generator of its own.
+        seed: Seed of stochastic rounding; the state dict holds the step, so a resumed run rounds alike.
+        exclude: Patterns of parameter names (as in a shell) whose products stay in full precision.
     """
 
     x: int = Field(8, ge=2, le=16)
     w: int = Field(8, ge=2, le=16)
     grad: int = Field(16, ge=2, le=16)
+    norm_saved: int | None = Field(16, ge=2, le=16)
+    w_scale: Literal["tensor", "channel"] = "tensor"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = Field(0, ge=0, lt=2**31)
+    exclude: tuple[str, ...] = ()
 
 
 class PSG(_Section):
@@ -85,15 +95,32 @@ class PSG(_Section):
     Attributes:
         x_bits: Most significant bits of the activation codes that the predictor sees.
         gy_bits: Most significant bits of the output-gradient codes that the predictor sees.
+        msb: How they are taken from the integer codes: ``round``, ``floor`` or ``truncate``.
         beta: Adaptive threshold: a weight gradient is predicted where ``|g_msb| >= beta * max|g_msb|``.
-        scale: Magnitude of the update: ``mean`` multiplies each tensor's signs by the mean absolute predicted
+        tau: Fixed threshold in its place, in the gradient's own unit; None for the adaptive one.
+        sparsify: Below the threshold the update is zero and the full gradient is not computed.
+        sign: Use the sign of the selected gradient; False uses its value.
+        scale: Magnitude of the signs: ``mean`` multiplies each tensor's signs by the mean absolute predicted
             gradient, so learning rates keep their meaning; ``unit`` is the paper's.
+        warmup: Training steps in full precision, without PSG and without quantization, before it starts.
+        exclude: Patterns of parameter names (as in a shell) that keep their full gradient.
+        also: What is updated by the sign of its full gradient besides the weights of products: any of
+            ``embeddings``, ``norms`` and ``biases``.
+        stats: Count predictor use and sign agreement and sum up the paper's error bound, weight by weight.
     """
 
     x_bits: int = Field(4, ge=2, le=16)
     gy_bits: int = Field(10, ge=2, le=16)
+    msb: Literal["round", "floor", "truncate"] = "round"
     beta: float = Field(0.05, ge=0.0, le=1.0)
+    tau: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    sparsify: bool = False
+    sign: bool = True
     scale: Literal["mean", "unit"] = "mean"
+    warmup: int = Field(0, ge=0)
+    exclude: tuple[str, ...] = ()
+    also: tuple[Literal["embeddings", "norms", "biases"], ...] = ()
+    stats: bool = False
 
 
 class Config(_Section):
@@ -142,3 +169,10 @@ def resolve(config: Config | str) -> Config:
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
     raise ConfigError(f"unknown config {config!r}; give an e2pass.Config or one of the presets {', '.join(PRESETS)}")
+
+
+def counting(config: Config) -> Config:
+    """The same, with ``PSG(stats=True)`` where PSG is on."""
+    if config.psg is None:
+        return config
+    return config.model_copy(update={"psg": config.psg.model_copy(update={"stats": True})})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
+from e2pass.errors import ConfigError
 from e2pass.plan import Region
 
 
@@ -16,6 +19,23 @@ def parameter_names(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(parameter), name)
     return names
+
+
+def matching(model: nn.Module, patterns: Sequence[str], option: str) -> frozenset[str]:
+    """Every name of the parameters that one of the shell patterns fits, under whichever of their names.
+
+    Raises:
+        ConfigError: For a pattern that fits no parameter; ``option`` says where it was given.
+    """
+    canonical = parameter_names(model)
+    owners = set()
+    for pattern in patterns:
+        fitting = {owner for name, owner in canonical.items() if fnmatchcase(name, pattern)}
+        if not fitting:
+            some = ", ".join(list(canonical)[:3])
+            raise ConfigError(f"{option}: {pattern!r} fits no parameter; the model's are {some}, ...")
+        owners |= fitting
+    return frozenset(name for name, owner in canonical.items() if owner in owners)
 
 
 def region_parameters(region: Region, model: nn.Module) -> list[str]:

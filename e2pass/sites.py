@@ -59,8 +59,10 @@ class _Converter:
         for gradient in weight_gradients(joint):
             for node in gradient.products:
                 self.dw[_product(node)] = gradient.target
+            if gradient.value.meta.get("e2_technique") == Technique.PSG:
+                self._claim(gradient.value, gradient.target)
         for (kind, key), value in zip(joint.outputs, joint.output_nodes(), strict=True):
-            if kind in ("predicted", "counts"):
+            if kind == "predicted":
                 self._claim(value, key)
 
     def _claim(self, value: fx.Node, weight: str) -> None:

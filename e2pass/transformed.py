@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -115,6 +116,8 @@ class Transformed:
             skip = dict(enumerate(share.tolist()))
         counts = self.model.e2_counts.counts
         if self._program.config.psg is not None:
+            if not self._program.config.psg.stats:
+                raise InputError("predictor use is not counted: use PSG(stats=True), or rates='assumed'")
             if not counts:
                 raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
             use = {name: float(c[0] / c[2]) for name, c in counts.items()}
@@ -127,18 +130,25 @@ class Transformed:
         self.model.e2_counts.counts.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and ``psg`` (predictor use, sign agreement)."""
+        """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and, with ``PSG(stats=True)``, ``psg``.
+
+        ``psg`` holds for each weight ``use`` (share of elements whose sign was predicted), ``agreement`` (share of
+        these with the sign of the full gradient), ``bound`` (the paper's bound on the share of wrong signs among
+        them, None for weights used in several regions) and the number of ``elements`` counted.
+        """
         found: dict[str, Any] = {}
         if self.loader is not None and hasattr(self.loader, "stats"):
             found["smd"] = self.loader.stats()
         if self._slu is not None:
             found["slu"] = self._slu_stats(self._slu)
-        if self._program.config.psg is not None:
-            found["psg"] = {
-                name: {"use": float(c[0] / c[2]), "agreement": float(c[1] / c[0]) if c[0] else None}
-                for name, c in self.model.e2_counts.counts.items()
-            }
+        psg = self._program.config.psg
+        if psg is not None and psg.stats:
+            found["psg"] = {name: _selection(*c.tolist()) for name, c in self.model.e2_counts.counts.items()}
         return found
+
+    def reset_stats(self) -> None:
+        """Begin to count predictor use anew, for instance at every epoch."""
+        self.model.e2_counts.counts.clear()
 
     def _slu_stats(self, slu: SLUGates) -> dict[str, Any]:
         names = [b.name for b in self.blocks if b.gated]
@@ -215,3 +225,12 @@ class Transformed:
         torch.set_rng_state(state["random"]["torch"])
         version, internal, gauss = state["random"]["python"]
         random.setstate((version, tuple(internal), gauss))
+
+
+def _selection(predicted: float, agreed: float, elements: float, bound: float) -> dict[str, float | int | None]:
+    return {
+        "use": predicted / elements,
+        "agreement": agreed / predicted if predicted else None,
+        "bound": bound / predicted if predicted and not math.isnan(bound) else None,
+        "elements": int(elements),
+    }

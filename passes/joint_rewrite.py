@@ -11,6 +11,7 @@ from torch import fx
 
 from e2pass.cost import Phase, Technique
 from e2pass.lowering.canonical import call
+from e2pass.lowering.products import WeightGradient
 from e2pass.runtime import ops  # noqa: F401  defines torch.ops.e2pass
 
 e2 = torch.ops.e2pass
@@ -36,8 +37,8 @@ def tagged(
     if phase is not None:
         meta["e2_phase"] = phase
     node = call(graph, target, *args, like=like, **meta)
-    node.meta.pop("e2_bits", None)
-    node.meta.pop("e2_operands", None)
+    for key in ("e2_bits", "e2_full_dw", "e2_half", "e2_operands"):
+        node.meta.pop(key, None)
     if bits is not None:
         node.meta["e2_bits"] = bits
     return node
@@ -64,3 +65,39 @@ def replay(graph: fx.Graph, value: fx.Node, chain: Iterable[fx.Node]) -> fx.Node
             copy.meta["e2_bits"] = value.meta["e2_bits"]
         value = copy
     return value
+
+
+def source_product(node: fx.Node) -> fx.Node:
+    """The product that ``node`` is, or one of whose results it is."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def rebuild(graph: fx.Graph, gradient: WeightGradient, rebuilt: dict[fx.Node, fx.Node], tag: str) -> fx.Node:
+    """Repeat the gradient's path from its products on what ``rebuilt`` puts in their place; ``rebuilt`` grows."""
+    for node in _topological(gradient):
+        if node in rebuilt:
+            continue
+        with after(graph, max(node, *(rebuilt.get(n, n) for n in node.all_input_nodes))):
+            copy = graph.node_copy(node, lambda n: rebuilt.get(n, n))
+            copy.meta = {**node.meta, "e2_technique": Technique.PSG, "e2_tag": tag}
+            rebuilt[node] = copy
+    return rebuilt[gradient.value]
+
+
+def _topological(gradient: WeightGradient) -> list[fx.Node]:
+    """Nodes from the products to the gradient, operands first."""
+    order: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def visit(node: fx.Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        if node not in gradient.products:
+            for operand in node.all_input_nodes:
+                if isinstance(operand.meta["val"], torch.Tensor):
+                    visit(operand)
+        order.append(node)
+
+    visit(gradient.value)
+    return order

@@ -6,6 +6,8 @@ select, sign, scale; each piece a node of its own.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,10 +19,11 @@ from e2pass.cost import Phase, Technique
 from e2pass.diagnostics import Diagnostics
 from e2pass.lowering.joint import Joint
 from e2pass.lowering.products import Role, WeightGradient, layout_chain, weight_gradients
-from e2pass.parameters import parameter_names, region_parameters
+from e2pass.parameters import matching, parameter_names, region_parameters
 from e2pass.passes.base import Pass, PassResult
-from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
+from e2pass.passes.joint_rewrite import after, e2, rebuild, replay, source_product, tagged, unpack
 from e2pass.passes.quantize import Codes
+from e2pass.passes.selection_statistics import error_variance
 from e2pass.program import Program
 
 aten = torch.ops.aten
@@ -28,9 +31,16 @@ aten = torch.ops.aten
 
 @dataclass
 class PsgResult:
-    """What one joint graph's rewrite did: weights whose signs are predicted, and the reason for each other one."""
+    """What one joint graph's rewrite did.
+
+    Attributes:
+        predicted: Weights whose signs are predicted.
+        signed: Parameters updated by the sign of their full gradient, as asked for.
+        left: The others, each with the reason.
+    """
 
     predicted: list[str] = field(default_factory=list)
+    signed: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,12 +52,14 @@ class PredictSignsJoint:
         psg: Predictor widths, threshold and scale.
         shared: Weights used in several regions: their predicted and full gradients leave the region apart, are
             summed over the regions, and are selected and signed once outside.
-        full: Weights that are also used outside of products, and so keep full precision everywhere.
+        full: Parameters that keep their full gradient, each with the reason.
+        stats: Whether the joint graph also returns each weight's statistics.
     """
 
     psg: PSG
     shared: frozenset[str] = frozenset()
-    full: frozenset[str] = frozenset()
+    full: Mapping[str, str] = field(default_factory=dict)
+    stats: bool = False
 
     def __call__(self, joint: Joint, frozen: bool) -> None:
         """Rewrite ``joint`` in place, unless it is the one of evaluation; ``notes["psg"]`` holds the result."""
@@ -57,13 +69,17 @@ class PredictSignsJoint:
     def _rewrite(self, joint: Joint) -> PsgResult:
         result = PsgResult()
         gradients = []
+        signed = []
         for gradient in weight_gradients(joint):
-            reason = gradient.reason or self._reason_against(gradient)
-            if reason:
-                result.left[gradient.target] = reason
-            else:
+            reason = self.full.get(gradient.target) or self._reason_against(gradient)
+            if not reason:
                 gradients.append(gradient)
                 result.predicted.append(gradient.target)
+            elif gradient.kind in self.psg.also and gradient.target not in self.full:
+                signed.append(gradient)
+                result.signed.append(gradient.target)
+            else:
+                result.left[gradient.target] = reason
         rewriter = _Rewriter(joint, self.psg)
         rewriter.predict_products({p for g in gradients for p in g.products})
         replacements: dict[str, fx.Node] = {}
@@ -72,17 +88,21 @@ class PredictSignsJoint:
             predicted = rewriter.predict(gradient)
             if gradient.target in self.shared:
                 extra.append((("predicted", gradient.target), predicted))
-            else:
-                update, counts = rewriter.sign(gradient, predicted)
-                replacements[gradient.target] = update
-                extra.append((("counts", gradient.target), counts))
+                continue
+            tau, replacements[gradient.target] = rewriter.update(gradient, predicted)
+            if self.stats:
+                extra.append((("counts", gradient.target), rewriter.count(gradient, predicted, tau)))
+        for gradient in signed:
+            replacements[gradient.target] = rewriter.sign(gradient.value, gradient.value, gradient.value)
         _set_gradients(joint, replacements, extra)
         return result
 
     def _reason_against(self, gradient: WeightGradient) -> str:
-        if gradient.target in self.full:
-            return "another use of it is not a product, so all of it keeps full precision"
-        return "" if gradient.products else "no product was found behind it"
+        if gradient.reason:
+            return gradient.reason
+        if not all("e2_operands" in source_product(p).meta for p in gradient.products):
+            return "its product stays in full precision"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,16 @@ class PredictSigns(Pass):
 
     x_bits: int = 4
     gy_bits: int = 10
+    msb: Literal["round", "floor", "truncate"] = "round"
     beta: float = 0.05
+    tau: float | None = None
+    sparsify: bool = False
+    sign: bool = True
     scale: Literal["mean", "unit"] = "mean"
+    warmup: int = 0
+    exclude: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    stats: bool = False
 
     name: ClassVar[str] = "predict-signs"
     needs: ClassVar[frozenset[str]] = frozenset({"lowered", "quantized"})
@@ -100,10 +128,11 @@ class PredictSigns(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Rewrite every lowered region's weight gradients, and arrange for those of regions lowered later."""
-        shared, full = _uses(program)
-        psg = PSG(x_bits=self.x_bits, gy_bits=self.gy_bits, beta=self.beta, scale=self.scale)
-        rewrite = PredictSignsJoint(psg, frozenset(shared), frozenset(full))
-        program.rewrites.append(rewrite)
+        psg = PSG(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        shared, full = _uses(program, matching(program.model, self.exclude, "PSG.exclude"))
+        rewrite = PredictSignsJoint(psg, frozenset(shared), full)
+        # What runs may also count; what is shown and priced is the work of the board.
+        program.rewrites.append(dataclasses.replace(rewrite, stats=self.stats))
         program.shared = shared
         diagnostics = Diagnostics()
         for _, joint in program.lowered.values():
@@ -111,29 +140,36 @@ class PredictSigns(Pass):
             result: PsgResult = joint.notes["psg"]
             for target in result.predicted:
                 diagnostics.info("E2P410", target, "weight gradient replaced by a predicted sign")
+            for target in result.signed:
+                diagnostics.info("E2P412", target, "gradient replaced by the sign of itself (PSG.also)")
             for target, reason in result.left.items():
                 diagnostics.info("E2P411", target, f"keeps its full gradient: {reason}")
         return PassResult(program, bool(program.lowered), diagnostics)
 
 
-def _uses(program: Program) -> tuple[dict[str, str], set[str]]:
-    """Weights that several regions use, by every name they go by, and weights used outside of products too."""
+def _uses(program: Program, excluded: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Weights that several regions use, by every name they go by; and why others must keep their full gradient."""
     canonical = parameter_names(program.model)
     products: dict[str, set[str]] = {}
-    others: set[str] = set()
-    lowered = {name: weight_gradients(before) for name, (before, _) in program.lowered.items()}
-    for name, gradients in lowered.items():
-        for gradient in gradients:
-            owner = canonical[gradient.target]
-            if gradient.products:
-                products.setdefault(owner, set()).add(name)
-            else:
-                others.add(owner)
+    others: dict[str, set[str]] = {}
+    for name, (before, after_) in program.lowered.items():
+        exact = after_.notes.get("full_precision", {})
+        for gradient in weight_gradients(before):
+            by_products = gradient.products and not any(source_product(p).name in exact for p in gradient.products)
+            (products if by_products else others).setdefault(canonical[gradient.target], set()).add(name)
     for region in program.plans["train"].regions:
-        if region.name not in lowered:  # runs as it is, so its weights get plain gradients there
-            others |= {canonical[p] for p in region_parameters(region, program.model)}
+        if region.name not in program.lowered:  # runs as it is, so its parameters get plain gradients there
+            for parameter in region_parameters(region, program.model):
+                others.setdefault(canonical[parameter], set()).add(region.name)
+    full = {}
+    for alias, owner in canonical.items():
+        if alias in excluded:
+            full[alias] = "PSG.exclude names it"
+        elif owner in products and owner in others:
+            full[alias] = "another use of it is not a product, so all of it keeps full precision"
+        elif len(others.get(owner, ())) > 1:
+            full[alias] = "several regions use it, and not in products"
     shared = {alias: owner for alias, owner in canonical.items() if len(products.get(owner, ())) > 1}
-    full = {alias for alias, owner in canonical.items() if owner in others}
     return {a: o for a, o in shared.items() if a not in full}, full
 
 
@@ -153,7 +189,7 @@ def _set_gradients(
 class _Rewriter:
     def __init__(self, joint: Joint, psg: PSG) -> None:
         self.joint, self.graph, self.psg = joint, joint.graph, psg
-        self.high: dict[fx.Node, fx.Node] = {}
+        self.high: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.rebuilt: dict[fx.Node, fx.Node] = {}
 
     def predict_products(self, products: set[fx.Node]) -> None:
@@ -164,23 +200,16 @@ class _Rewriter:
 
     def predict(self, gradient: WeightGradient) -> fx.Node:
         """Rebuild the gradient's path from its products' predictors."""
-        for node in _topological(gradient):
-            if node in self.rebuilt:
-                continue
-            with after(self.graph, max(node, *(self.rebuilt.get(n, n) for n in node.all_input_nodes))):
-                copy = self.graph.node_copy(node, lambda n: self.rebuilt.get(n, n))
-                copy.meta = {**node.meta, "e2_technique": Technique.PSG, "e2_tag": "psg.predict"}
-                self.rebuilt[node] = copy
-        return self.rebuilt[gradient.value]
+        return rebuild(self.graph, gradient, self.rebuilt, "psg.predict")
 
     def _predicted_product(self, node: fx.Node) -> fx.Node:
-        product = node.args[0] if node.target.__name__ == "getitem" else node  # type: ignore[union-attr]
-        assert isinstance(product, fx.Node)
+        product = source_product(node)
         args = list(product.args)
         operands: dict[int, Codes] = product.meta["e2_operands"]
         with self.graph.inserting_before(product):
             for index, codes in operands.items():
-                args[index] = self._most_significant(product.args[index], codes, product)  # type: ignore[arg-type]
+                value = self._most_significant(codes, product)[0]
+                args[index] = replay(self.graph, value, layout_chain(product.args[index])[1])  # type: ignore[arg-type]
         with after(self.graph, product):
             copy = tagged(
                 self.graph, product.target, *args, like=product, tag="psg.predict", technique=Technique.PSG,
@@ -194,12 +223,14 @@ class _Rewriter:
                 self.graph, node.target, copy, node.args[1], like=node, tag="psg.predict", technique=Technique.PSG
             )
 
-    def _most_significant(self, operand: fx.Node, codes: Codes, product: fx.Node) -> fx.Node:
+    def _most_significant(self, codes: Codes, product: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What the predictor sees of an operand, and the scale of its codes."""
         gradient = codes.codes.args[0].meta["e2_tag"] == f"bits.{Role.GY}"  # type: ignore[union-attr]
         keep = min(self.psg.gy_bits if gradient else self.psg.x_bits, codes.bits)
         if codes.codes not in self.high:
+            mode = () if self.psg.msb == "round" else (self.psg.msb,)
             node = tagged(
-                self.graph, e2.msb.default, codes.codes, codes.scale, codes.bits, keep,
+                self.graph, e2.msb.default, codes.codes, codes.scale, codes.bits, keep, *mode,
                 like=product, tag="psg.msb", technique=Technique.PSG, phase=Phase.BACKWARD,
             )  # fmt: skip
             high, scale = unpack(self.graph, node, (keep, None))
@@ -207,45 +238,49 @@ class _Rewriter:
                 self.graph, e2.dequantize.default, high, scale,
                 like=product, tag="psg.msb", technique=Technique.PSG, bits=keep, phase=Phase.BACKWARD,
             )  # fmt: skip
-            self.high[codes.codes] = value
-        return replay(self.graph, self.high[codes.codes], layout_chain(operand)[1])
+            self.high[codes.codes] = (value, scale)
+        return self.high[codes.codes]
 
-    def sign(self, gradient: WeightGradient, predicted: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Threshold, select, sign and scale of one weight; returns the update and the selection's counts."""
-        full = gradient.value
-        last = max(full, predicted)
-
-        def node(target: object, *args: object, tag: str) -> fx.Node:
+    def _insert(self, like: fx.Node, target: object, *args: object, tag: str) -> fx.Node:
+        with after(self.graph, max(n for n in (like, *args) if isinstance(n, fx.Node))):
             return tagged(
-                self.graph, target, *args, like=full, tag=tag, technique=Technique.PSG, phase=Phase.BACKWARD
+                self.graph, target, *args, like=like, tag=tag, technique=Technique.PSG, phase=Phase.BACKWARD
             )  # fmt: skip
 
-        with self.graph.inserting_before(last.next):
-            tau = node(e2.threshold.default, predicted, self.psg.beta, tag="psg.threshold")
-            pair = node(e2.select.default, predicted, full, tau, tag="psg.select")
-            chosen, counts = unpack(self.graph, pair, (None, None))
-            update = node(aten.sign.default, chosen, tag="psg.sign")
-            if self.psg.scale == "mean":
-                magnitude = node(aten.abs.default, predicted, tag="psg.scale")
-                mean = node(aten.mean.default, magnitude, tag="psg.scale")
-                update = node(aten.mul.Tensor, update, mean, tag="psg.scale")
-        return update, counts
+    def update(self, gradient: WeightGradient, predicted: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Threshold, select, sign and scale of one weight; returns the threshold and the update."""
+        full, psg = gradient.value, self.psg
+        if psg.tau is None:
+            tau = self._insert(full, e2.threshold.default, predicted, psg.beta, tag="psg.threshold")
+        else:
+            tau = self._insert(full, e2.fixed_threshold.default, predicted, psg.tau, tag="psg.threshold")
+        if psg.sparsify:
+            chosen = self._insert(full, e2.sparsify.default, predicted, tau, tag="psg.select")
+        else:
+            chosen = self._insert(full, e2.select.default, predicted, full, tau, tag="psg.select")
+        return tau, self.sign(chosen, predicted, full) if psg.sign else chosen
 
+    def sign(self, chosen: fx.Node, magnitude: fx.Node, like: fx.Node) -> fx.Node:
+        """Signs of ``chosen``, times the mean absolute ``magnitude`` where that is the scale."""
+        update = self._insert(like, e2.sign.default, chosen, tag="psg.sign")
+        if self.psg.scale == "mean":
+            size = self._insert(like, aten.abs.default, magnitude, tag="psg.scale")
+            mean = self._insert(like, aten.mean.default, size, tag="psg.scale")
+            update = self._insert(like, aten.mul.Tensor, update, mean, tag="psg.scale")
+        return update
 
-def _topological(gradient: WeightGradient) -> list[fx.Node]:
-    """Nodes from the products to the gradient, operands first."""
-    order: list[fx.Node] = []
-    seen: set[fx.Node] = set()
+    def count(self, gradient: WeightGradient, predicted: fx.Node, tau: fx.Node) -> fx.Node:
+        """Statistics of one weight's selection."""
+        steps: dict[fx.Node, dict[int, fx.Node | None]] = {}
+        for node in gradient.products:
+            product = source_product(node)
+            operands: dict[int, Codes] = product.meta["e2_operands"]
+            steps[node] = {i: self._step(c, product) for i, c in operands.items()}
+        variance = error_variance(self.graph, gradient, steps)
+        full = gradient.value
+        return self._insert(full, e2.agreement.default, predicted, full, tau, variance, tag="psg.stats")
 
-    def visit(node: fx.Node) -> None:
-        if node in seen:
-            return
-        seen.add(node)
-        if node not in gradient.products:
-            for operand in node.all_input_nodes:
-                if isinstance(operand.meta["val"], torch.Tensor):
-                    visit(operand)
-        order.append(node)
-
-    visit(gradient.value)
-    return order
+    def _step(self, codes: Codes, product: fx.Node) -> fx.Node | None:
+        """What one unit of the codes that the predictor sees is worth; None where it sees them whole."""
+        value, scale = self._most_significant(codes, product)
+        return None if value.meta["e2_bits"] == codes.bits else scale

@@ -6,8 +6,10 @@ straight-through estimator needs no code of its own. Backward keeps the integer 
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -16,9 +18,11 @@ from e2pass.config import Bits
 from e2pass.cost import Technique
 from e2pass.diagnostics import Diagnostics
 from e2pass.lowering.joint import Joint
-from e2pass.lowering.products import Operand, Product, Role, find_products, weight_gradients
+from e2pass.lowering.products import Operand, Product, Role, find_products, output_axis, weight_gradients
+from e2pass.parameters import matching
 from e2pass.passes.base import Pass, PassResult
 from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
+from e2pass.passes.saved_width import narrow_saved
 from e2pass.program import Program
 
 
@@ -36,10 +40,12 @@ class QuantizeJoint:
     """Rewrites a joint graph so that every layer's products read integer codes.
 
     Attributes:
-        bits: Operand widths.
+        bits: Operand widths, scales and rounding.
+        excluded: Weights whose products stay in full precision.
     """
 
     bits: Bits
+    excluded: frozenset[str] = frozenset()
 
     def __call__(self, joint: Joint, frozen: bool) -> None:
         """Rewrite ``joint`` in place; ``notes["full_precision"]`` names the products that are left.
@@ -48,15 +54,20 @@ class QuantizeJoint:
             joint: Joint graph as lowered.
             frozen: Activations use the running scales of the owner (evaluation) instead of the batch's own.
         """
-        gradients = {p for g in weight_gradients(joint) for p in _sources(g.products)}
+        targets = {p: g.target for g in weight_gradients(joint) for p in _sources(g.products)}
         rewriter = _Rewriter(joint, self.bits, frozen)
-        left = joint.notes["full_precision"] = []
+        left = joint.notes["full_precision"] = {}
         for product in find_products(joint):
-            if product.has_weight or product.node in gradients:
-                rewriter.rewrite(product)
+            weights = [*rewriter.weights(product), *filter(None, [targets.get(product.node)])]
+            if not weights:
+                left[product.node.name] = "product of two activations, without a weight"
+            elif self.excluded.intersection(weights):
+                left[product.node.name] = f"product of {weights[0]}, which Bits.exclude names"
             else:
-                left.append(product.node.name)
+                rewriter.rewrite(product)
         rewriter.finish()
+        if not frozen:
+            narrow_saved(joint, self.bits.norm_saved)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Quantize(Pass):
     x: int = 8
     w: int = 8
     grad: int = 16
+    norm_saved: int | None = 16
+    w_scale: Literal["tensor", "channel"] = "tensor"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
+    exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "quantize"
     needs: ClassVar[frozenset[str]] = frozenset({"lowered"})
@@ -73,15 +89,14 @@ class Quantize(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Rewrite every lowered region, and arrange for those lowered later."""
-        rewrite = QuantizeJoint(Bits(x=self.x, w=self.w, grad=self.grad))
+        bits = Bits(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        rewrite = QuantizeJoint(bits, matching(program.model, self.exclude, "Bits.exclude"))
         program.rewrites.append(rewrite)
         diagnostics = Diagnostics()
         for name, (_, joint) in program.lowered.items():
             rewrite(joint, False)
-            for product in joint.notes["full_precision"]:
-                diagnostics.info(
-                    "E2P400", f"{name}/{product}", "product of two activations, without a weight: stays in fp32"
-                )
+            for product, reason in joint.notes["full_precision"].items():
+                diagnostics.info("E2P400", f"{name}/{product}", f"{reason}: stays in fp32")
         return PassResult(program, bool(program.lowered), diagnostics)
 
 
@@ -112,19 +127,21 @@ class _Rewriter:
         product.node.meta["e2_operands"] = operands
         self._replace_shape_only_argument(product)
 
+    def weights(self, product: Product) -> list[str]:
+        """Names of the parameters among the operands."""
+        return [self.names[o.base] for o in product.operands if o.role is Role.W]
+
     def _quantize(self, operand: Operand, product: Product) -> tuple[fx.Node, fx.Node]:
         key = (operand.base, operand.role)
         if key not in self.codes:
             bits = getattr(self.bits, operand.role)
             base = operand.base
-            frozen = self.frozen and operand.role is Role.X
-            running = self._running_scale(product) if frozen else None
+            op, args = self._quantizer(operand, product)
             with after(self.graph, self.last_placeholder if base.op == "placeholder" else base):
-                args = (base, bits) if running is None else (base, bits, running)
-                op = e2.quantize.default if running is None else e2.quantize_running.default
                 node = tagged(
-                    self.graph, op, *args, like=product.node, tag=f"bits.{operand.role}", technique=Technique.BITS
-                )
+                    self.graph, op, base, bits, *args,
+                    like=product.node, tag=f"bits.{operand.role}", technique=Technique.BITS,
+                )  # fmt: skip
             node.meta["e2_phase"] = None
             with after(self.graph, node):
                 pair = unpack(self.graph, node, (bits, None))
@@ -133,6 +150,17 @@ class _Rewriter:
                 self.scales.append(pair[1])
                 self.joint.scales.append(self._scale_name(product))
         return self.codes[key]
+
+    def _quantizer(self, operand: Operand, product: Product) -> tuple[Any, tuple[Any, ...]]:
+        """The operator for an operand, and its arguments after the tensor and the width."""
+        if self.frozen and operand.role is Role.X:
+            return e2.quantize_running.default, (self._running_scale(product),)
+        per_channel = operand.role is Role.W and self.bits.w_scale == "channel"
+        axis = output_axis(product, operand) if per_channel else None
+        if self.bits.rounding == "stochastic" and not self.frozen:
+            stream = zlib.crc32(f"{self.bits.seed} {self._scale_name(product)} {operand.role}".encode())
+            return e2.quantize_stochastic.default, (axis, self._step(), stream)
+        return e2.quantize.default, () if axis is None else (axis,)
 
     def _scale_name(self, product: Product) -> str:
         """Name of the quantizer, alike in training and evaluation: the weight it meets first, and which use of it."""
@@ -143,12 +171,23 @@ class _Rewriter:
 
     def _running_scale(self, product: Product) -> fx.Node:
         self.joint.scales.append(self._scale_name(product))
-        with self.graph.inserting_before(self.graph.find_nodes(op="placeholder")[0]):
-            node = self.graph.placeholder(f"scale_{len(self.joint.scales) - 1}")
-        weight = self.graph.find_nodes(op="placeholder")[1].meta["val"]
-        with weight.fake_mode:
-            node.meta["val"] = weight.new_empty(())
-        self.joint.inputs.insert(0, ("scale", self.joint.scales[-1]))
+        weight = self.graph.find_nodes(op="placeholder")[0].meta["val"]
+        return self._input("scale", self.joint.scales[-1], f"scale_{len(self.joint.scales) - 1}", weight.dtype)
+
+    def _step(self) -> fx.Node:
+        """The number of the training step, as an input of the region."""
+        held = dict(zip(self.joint.inputs, self.graph.find_nodes(op="placeholder"), strict=True))
+        return held.get(("step", "")) or self._input("step", "", "step", torch.int64)
+
+    def _input(self, kind: str, key: str, name: str, dtype: torch.dtype) -> fx.Node:
+        """A further 0-d input, before all others."""
+        first = self.graph.find_nodes(op="placeholder")[0]
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        like = next(n.meta["val"] for n in self.graph.find_nodes(op="placeholder") if "val" in n.meta)
+        with like.fake_mode:
+            node.meta["val"] = torch.empty((), dtype=dtype, device=like.device)
+        self.joint.inputs.insert(0, (kind, key))
         return node
 
     def _value(self, operand: Operand, product: Product, codes: fx.Node, scale: fx.Node) -> fx.Node:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from e2pass.errors import ConfigError
@@ -92,6 +93,10 @@ _READERS: dict[Any, Callable[[str], Any]] = {float: float, int: int, str: str, b
 
 
 def _value(where: str, kind: Any, text: str) -> Any:
+    if get_origin(kind) is UnionType:  # X | None
+        if text == "None":
+            return None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
     if get_origin(kind) is tuple:
         return tuple(filter(None, text.split("+")))
     if get_origin(kind) is Literal:

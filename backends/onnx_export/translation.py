@@ -16,9 +16,9 @@ from e2pass.runtime import ops  # registers torch.ops.e2pass
 op: Any = opset18
 
 
-def quantize(x: Any, bits: int) -> tuple[Any, Any]:
-    """Translate ``e2pass::quantize``: codes at the scale of the tensor itself."""
-    scale = _own_scale(x, bits)
+def quantize(x: Any, bits: int, axis: int | None = None) -> tuple[Any, Any]:
+    """Translate ``e2pass::quantize``: codes at the scale of the tensor itself, or of each entry along ``axis``."""
+    scale = _own_scale(x, bits, axis)
     return _encode(x, scale, bits), scale
 
 
@@ -56,8 +56,12 @@ def _limit(bits: int) -> float:
     return float(2 ** (bits - 1) - 1)
 
 
-def _own_scale(x: Any, bits: int) -> Any:
-    peak = op.ReduceMax(op.Abs(x), keepdims=0)
+def _own_scale(x: Any, bits: int, axis: int | None = None) -> Any:
+    if axis is None:
+        peak = op.ReduceMax(op.Abs(x), keepdims=0)
+    else:
+        others = [d for d in range(len(x.shape)) if d != axis]
+        peak = op.ReduceMax(op.Abs(x), op.Constant(value_ints=others), keepdims=1)
     # An all-zero tensor has scale 1.
     return op.Where(op.Equal(peak, _constant(0.0, x)), _constant(1.0, x), op.Div(peak, _constant(_limit(bits), x)))
 

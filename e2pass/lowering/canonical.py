@@ -45,6 +45,9 @@ def _split_convolution_backward(graph: fx.Graph, node: fx.Node) -> None:
         assert getitem.target is operator.getitem
         assert isinstance(index, int)
         assert isinstance(mask, list | tuple)
+        if index == 2:
+            _sum_bias_gradient(graph, getitem, node.args[0])  # type: ignore[arg-type]
+            continue
         only = [i == index and bool(wanted) for i, wanted in enumerate(mask)]
         with graph.inserting_before(getitem):
             single = graph.call_function(node.target, (*node.args[:-1], only))  # type: ignore[arg-type]
@@ -52,6 +55,15 @@ def _split_convolution_backward(graph: fx.Graph, node: fx.Node) -> None:
             single.meta["val"] = tuple(v if keep else None for v, keep in zip(node.meta["val"], only, strict=True))
         getitem.args = (single, index)
     graph.erase_node(node)
+
+
+def _sum_bias_gradient(graph: fx.Graph, getitem: fx.Node, gradient: fx.Node) -> None:
+    """The bias's gradient is a sum; asked for it alone, ``convolution_backward`` would keep the input alive."""
+    dims = [d for d in range(gradient.meta["val"].dim()) if d != 1]
+    with graph.inserting_before(getitem):
+        total = call(graph, torch.ops.aten.sum.dim_IntList, gradient, dims, like=getitem)
+    getitem.replace_all_uses_with(total)
+    graph.erase_node(getitem)
 
 
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **meta: Any) -> fx.Node:

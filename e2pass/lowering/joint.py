@@ -38,11 +38,13 @@ class ValueSpec:
         shape: Each dimension an int or a sympy expression of ``BATCH``.
         dtype: Element type.
         requires_grad: Whether backward must produce its gradient.
+        channels_last: Whether its memory holds the channels of a pixel side by side (four dimensions only).
     """
 
     shape: tuple[int | sympy.Expr, ...]
     dtype: torch.dtype
     requires_grad: bool = False
+    channels_last: bool = False
 
     def concrete(self, batch: int) -> tuple[int, ...]:
         """Return the shape at a batch size."""
@@ -56,7 +58,8 @@ class Joint:
     Attributes:
         graph_module: The flat graph; its output node holds one list.
         inputs: For each placeholder ``(kind, key)``: ``("param", target)``, ``("buffer", target)``, ``("input", i)``,
-            ``("tangent", i)`` of output ``i``, or ``("scale", i)`` of a quantizer (added by the quantize pass).
+            ``("tangent", i)`` of output ``i``, or, added by the quantize pass, ``("scale", name)`` of a quantizer and
+            ``("step", "")``, the number of the training step.
         outputs: For each output ``(kind, key)``: ``("output", i)``, ``("mutation", buffer)``, ``("grad", input)`` with
             ``input`` an entry of ``inputs``, ``("scale", i)``, ``("predicted", param)`` or ``("counts", param)``
             (added by quantize and PSG).
@@ -244,7 +247,8 @@ def _fake_input(spec: ValueSpec, size: Any) -> torch.Tensor:
     def dim(d: int | sympy.Expr) -> Any:
         return d if isinstance(d, int) else sympy.lambdify(BATCH, d, "math")(size)
 
-    tensor = torch.empty([dim(d) for d in spec.shape], dtype=spec.dtype)
+    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+    tensor = torch.empty([dim(d) for d in spec.shape], dtype=spec.dtype, memory_format=layout)
     return tensor.requires_grad_(spec.requires_grad)
 
 

@@ -42,19 +42,23 @@ class Halves:
 
 
 BACKWARD_KINDS = ("grad", "predicted", "counts")
+FORWARD = "forward"
+"""Value of ``meta["e2_half"]`` of a node that only backward reads and that forward computes all the same."""
 
 
 def partition(joint: Joint) -> Halves:
     """Split ``joint``: forward is what its outputs need, everything else waits for backward.
 
-    A node that only backward uses runs in backward even when it does not depend on a tangent. So the operand that is
-    saved for a weight gradient is the integer code, not the tensor it decodes to.
+    A node that only backward uses runs in backward even when it does not depend on a tangent, unless its
+    ``meta["e2_half"]`` says otherwise. So the operand that is saved for a weight gradient is the integer code, not the
+    tensor it decodes to.
     """
     placeholders = joint.graph.find_nodes(op="placeholder")
     values = joint.output_nodes()
     ahead = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] not in BACKWARD_KINDS]
     back = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] in BACKWARD_KINDS]
     forward_nodes = ancestors([v for _, v in ahead])
+    forward_nodes |= ancestors([n for n in joint.graph.nodes if n.meta.get("e2_half") == FORWARD], stop=forward_nodes)
     claim_results(joint.graph, forward_nodes)
     tangents = [(n, key) for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "tangent"]
     tangent_nodes = {n for n, _ in tangents}

@@ -7,6 +7,7 @@ from a parameter's gradient output back to it.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -101,12 +102,14 @@ class WeightGradient:
         value: Node that holds the gradient.
         products: Products whose (summed, re-laid-out) results it is; empty if it comes from something else too.
         reason: Why it is not a sum of products, ``""`` if it is.
+        kind: What else the parameter is: ``embeddings``, ``norms``, ``biases`` or ``""``.
     """
 
     target: str
     value: fx.Node
     products: tuple[fx.Node, ...]
     reason: str = ""
+    kind: str = ""
 
 
 def gradient_dependent(joint: Joint) -> set[fx.Node]:
@@ -159,18 +162,45 @@ def layout_chain(value: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     return value, tuple(reversed(chain))
 
 
+def output_axis(product: Product, weight: Operand) -> int | None:
+    """The weight's dimension that runs over output channels of a forward product; None if none does so alone.
+
+    Where several do (``ihd`` in an einsum over heads), it is the longest.
+    """
+    node, shape = product.node, weight.base.meta["val"].shape
+    if node.target is aten.convolution.default:
+        return 1 if node.args[6] else 0  # a transposed convolution keeps its input channels first
+    contracted = -1 if weight.index == min(o.index for o in product.operands) else -2
+    candidates = []
+    for axis, size in enumerate(shape):
+        place = torch.arange(size).reshape([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
+        factor = place.contiguous()
+        for step in weight.chain:
+            factor = step.target(factor, *fx.node.map_arg(step.args[1:], _hint), **step.kwargs)  # type: ignore[operator]
+        if factor.eq(factor.narrow(contracted, 0, 1)).all():
+            candidates.append(axis)
+    return max(candidates, key=lambda axis: int(shape[axis]), default=None)
+
+
+def _hint(node: fx.Node) -> Any:
+    return node.meta["val"].node.hint
+
+
 def weight_gradients(joint: Joint) -> list[WeightGradient]:
     """The gradient outputs of all parameters, each traced back to the products it comes from."""
+    placeholders = dict(zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True))
     found = []
     for (kind, key), value in zip(joint.outputs, joint.output_nodes(), strict=True):
         if kind == "grad" and key[0] == "param":
-            found.append(_trace_gradient(key[1], value))
+            found.append(_trace_gradient(key[1], placeholders[key], value))
     return found
 
 
-def _trace_gradient(target: str, value: fx.Node) -> WeightGradient:
+def _trace_gradient(target: str, parameter: fx.Node, value: fx.Node) -> WeightGradient:
     if value.meta["val"].dim() < 2:
-        return WeightGradient(target, value, (), "it has one dimension (a bias or a norm), which keeps full precision")
+        kind = _vector_kind(parameter)
+        reason = f"it has one dimension (one of the {kind}), which keeps full precision"
+        return WeightGradient(target, value, (), reason, kind)
     products: list[fx.Node] = []
     stack = [value]
     while stack:
@@ -180,11 +210,31 @@ def _trace_gradient(target: str, value: fx.Node) -> WeightGradient:
         elif node.target in LAYOUT_OPS or node.target in _SUMS:
             stack.extend(node.all_input_nodes)
         else:
-            reason = f"part of its gradient comes from {node.target}, not from a convolution or matrix product"
-            if node.target is aten.embedding_dense_backward.default:
-                reason = "it is an embedding, whose gradient is a scatter and keeps full precision"
-            return WeightGradient(target, value, (), reason)
+            return WeightGradient(target, value, (), *_why_no_product(node))
     return WeightGradient(target, value, tuple(products))
+
+
+def _why_no_product(node: fx.Node) -> tuple[str, str]:
+    """Why a gradient that comes from ``node`` is not one of a product, and what its parameter is."""
+    if node.target is aten.embedding_dense_backward.default:
+        return "it is an embedding, whose gradient is a scatter and keeps full precision", "embeddings"
+    source = node.args[0] if node.target is operator.getitem else node
+    name = source.target if isinstance(source, fx.Node) and source.op == "call_function" else node.name
+    return f"part of its gradient comes from {name}, not from a convolution or matrix product", ""
+
+
+def _vector_kind(parameter: fx.Node) -> str:
+    """A vector that is added to a product or an activation is a bias; others scale or shift inside a norm."""
+    added = {aten.convolution.default: 2, aten.addmm.default: 0, aten.baddbmm.default: 0}
+    stack = [parameter]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user.target in LAYOUT_OPS:
+                stack.append(user)
+            elif user.target is aten.add.Tensor or (user.target in added and user.args[added[user.target]] is node):
+                return "biases"
+    return "norms"
 
 
 def _produces_weight_gradient(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from e2pass.runtime.merge import merge_gathered, merge_masked
 from e2pass.runtime.runner import LoweringCache, RegionRunner
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.shared import SumThenSign
+from e2pass.runtime.steps import StepCounter
 
 
 class Executable:
@@ -57,11 +58,17 @@ class E2Module(nn.Module):
     """A model that trains for less: called, trained and saved like the original.
 
     Parameters, buffers and submodules are the original's, under their original names; what the transformation adds
-    lives in the children ``e2_slu`` (gates), ``e2_scales`` (quantizers' running scales) and ``e2_counts``.
+    lives in the children ``e2_slu`` (gates), ``e2_scales`` (quantizers' running scales), ``e2_counts`` and, where
+    something depends on the number of the step, ``e2_steps``.
     """
 
     def __init__(
-        self, source: nn.Module, executable: Executable, slu: SLUGates | None, scales: RunningScales | None
+        self,
+        source: nn.Module,
+        executable: Executable,
+        slu: SLUGates | None,
+        scales: RunningScales | None,
+        steps: StepCounter | None = None,
     ) -> None:
         super().__init__()
         self._adopt(source)
@@ -70,6 +77,7 @@ class E2Module(nn.Module):
         self.e2_slu = slu
         self.e2_scales = scales
         self.e2_counts = SelectionCounts()
+        self.e2_steps = steps
         for name, constant in executable.capture.constants.items():
             self.register_buffer(name, constant, persistent=False)
         self._bind()
@@ -119,6 +127,8 @@ class E2Module(nn.Module):
                 values.pop(name, None)
         if self.e2_slu is not None:
             self.e2_slu.settle()
+        if self.e2_steps is not None and self.training and torch.is_grad_enabled():
+            self.e2_steps.count += 1
         output = tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, self._plan.output)
         return executable.capture.rebuild(output, self.training)
 
@@ -128,7 +138,7 @@ class E2Module(nn.Module):
 
     def _shared_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
         psg = self._executable.config.psg
-        if psg is None or not self.training or not torch.is_grad_enabled():
+        if psg is None or not self.training or not torch.is_grad_enabled() or self._warming():
             return {}
         made: dict[str, tuple[Tensor, Tensor]] = {}
         for name in set(self._executable.shared.values()):
@@ -136,6 +146,9 @@ class E2Module(nn.Module):
             if weight.requires_grad:
                 made[name] = SumThenSign.apply(weight, name, psg, self.e2_counts.add)  # type: ignore[no-untyped-call]
         return {alias: made[name] for alias, name in self._executable.shared.items() if name in made}
+
+    def _warming(self) -> bool:
+        return self.e2_steps is not None and self.e2_steps.warming
 
     def __deepcopy__(self, memo: dict[int, Any]) -> E2Module:
         twin = E2Module.__new__(E2Module)
@@ -178,14 +191,19 @@ class E2Module(nn.Module):
 
 
 class SelectionCounts(nn.Module):
-    """How many weight gradients were predicted, and how many of these with the right sign, summed over steps."""
+    """What ``PSG(stats=True)`` measured of each weight, summed over steps.
+
+    Attributes:
+        counts: For each weight a float64 vector: elements predicted, predicted with the right sign, all, and the sum
+            of the bound on the probability of a wrong sign over the predicted ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, Tensor] = {}
 
     def add(self, name: str, counts: Tensor) -> None:
-        """Add ``(predicted, predicted rightly, all)`` of one step; called in backward."""
+        """Add the counts of one step; called in backward."""
         held = self.counts.get(name)
         self.counts[name] = counts.detach().clone() if held is None else held.add_(counts.detach())
 
@@ -204,6 +222,7 @@ class _Run:
     def __init__(self, module: E2Module, values: dict[str, Any], masked: bool) -> None:
         self.module, self.values, self.masked = module, values, masked
         self.overrides = module._shared_weights()
+        self.precise = module._warming()
         self.runners = module._runners["train" if module.training else "eval"]
 
     def step(self, step: RunRegion | Decide | Skip) -> None:
@@ -225,7 +244,8 @@ class _Run:
         share = 1.0 if whole is None else batch / whole
         module = self.module
         on_scales: Callable[..., None] = module.e2_scales.update if module.e2_scales is not None else _ignore
-        return self.runners[region.name](inputs, batch, share, self.overrides, module.e2_counts.add, on_scales)
+        runner = self.runners[region.name]
+        return runner(inputs, batch, share, self.overrides, module.e2_counts.add, on_scales, precise=self.precise)
 
     def _skip(self, step: Skip) -> Tensor:
         values, slu = self.values, self.module.e2_slu

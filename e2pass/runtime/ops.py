@@ -2,6 +2,8 @@
 
 Codes are symmetric integers: ``value = code * scale`` with zero exact and ``|code| <= 2^(bits-1) - 1``. The kernels
 emulate the integer arithmetic of the hardware with float and integer tensor operations.
+
+A tensor with a NaN or an infinity has the scale NaN, so all it decodes to is NaN: a product never hides one.
 """
 
 from __future__ import annotations
@@ -20,36 +22,76 @@ def code_dtype(bits: int) -> torch.dtype:
     return torch.int8 if bits <= 8 else torch.int16
 
 
-def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize ``x`` to symmetric integer codes with one scale for the tensor, rounding to nearest even.
+def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize ``x`` to symmetric integer codes, rounding to nearest even.
 
     Args:
         x: Floating tensor of any shape.
         bits: Width of the codes, 2 to 16.
+        axis: Dimension with a scale for each of its entries; None for one scale for the tensor.
 
     Returns:
-        ``codes`` of the shape of ``x`` and the 0-d ``scale`` in the dtype of ``x``; an all-zero tensor has scale 1.
+        ``codes`` of the shape of ``x`` and ``scale`` in the dtype of ``x``, 0-d or with one dimension longer than 1;
+        where all values are zero the scale is 1.
     """
-    return _encode(x, bits, _scale(x, bits))
+    scale = _scale(x, bits, axis)
+    return _encode(x / scale, bits, saturate=False), scale
+
+
+def quantize_stochastic(x: Tensor, bits: int, axis: int | None, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Quantize as ``quantize``, but round up with the probability of the fraction, so that the mean is exact.
+
+    Args:
+        x: Floating tensor of any shape.
+        bits: Width of the codes.
+        axis: As for ``quantize``.
+        step: 0-d int64, number of the training step.
+        stream: Number of the quantizer; with ``step`` it seeds a generator that no other random numbers come from.
+
+    Returns:
+        As ``quantize``.
+    """
+    scale = _scale(x, bits, axis)
+    generator = torch.Generator(x.device).manual_seed((int(step) * 0x9E3779B1 + stream) % 2**63)
+    noise = torch.empty_like(x).uniform_(generator=generator)
+    return _encode(noise.add_(x / scale).floor_(), bits, saturate=True), scale
 
 
 def quantize_running(x: Tensor, bits: int, running: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` with the frozen 0-d scale ``running``, saturating; with its own scale while ``running`` is 0."""
-    scale = torch.where(running == _UNSEEN, _scale(x, bits), running.to(x.dtype))
-    return _encode(x, bits, scale)
+    scale = torch.where(running == _UNSEEN, _scale(x, bits, None), running.to(x.dtype))
+    return _encode(x / scale, bits, saturate=True), scale
 
 
-def _scale(x: Tensor, bits: int) -> Tensor:
+def _scale(x: Tensor, bits: int, axis: int | None) -> Tensor:
+    shape = [] if axis is None else [x.shape[d] if d == axis % x.dim() else 1 for d in range(x.dim())]
     if x.numel() == 0:
-        return x.new_ones(())
-    low, high = torch.aminmax(x)
-    peak = torch.maximum(high, -low)
-    return torch.where(peak == 0, 1.0, peak / (2 ** (bits - 1) - 1))
-
-
-def _encode(x: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_ones(shape)
     limit = 2 ** (bits - 1) - 1
-    return (x / scale).round_().clamp_(-limit, limit).to(code_dtype(bits)), scale
+    if axis is None:
+        low, high = torch.aminmax(_dense(x))
+        peak = torch.maximum(high, -low)
+    else:
+        peak = x.abs().amax([d for d in range(x.dim()) if shape[d] == 1], keepdim=True).reshape(shape)
+    scale = peak / limit
+    scale = torch.where(scale == 0, 1.0, scale)
+    return torch.where(peak.isinf(), torch.nan, scale)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same elements in the order of memory: a reduction over a permuted tensor is several times slower."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1)
+    return x
+
+
+def _encode(scaled: Tensor, bits: int, *, saturate: bool) -> Tensor:
+    """Round ``scaled``, which is overwritten; a tensor over its own scale cannot exceed the limit."""
+    codes = scaled.round_()
+    if saturate:
+        limit = 2 ** (bits - 1) - 1
+        codes.clamp_(-limit, limit)
+    return codes.to(code_dtype(bits))
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -57,14 +99,16 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.to(scale.dtype).mul_(scale)
 
 
-def msb(codes: Tensor, scale: Tensor, bits: int, keep: int) -> tuple[Tensor, Tensor]:
-    """Round integer codes to their ``keep`` most significant bits, half up, saturating.
+def msb(codes: Tensor, scale: Tensor, bits: int, keep: int, mode: str = "round") -> tuple[Tensor, Tensor]:
+    """Reduce integer codes to their ``keep`` most significant bits.
 
     Args:
         codes: Codes of ``bits`` bits.
-        scale: Their 0-d scale.
+        scale: Their scale.
         bits: Width of ``codes``.
         keep: Width of the result, at most ``bits``.
+        mode: ``round`` (half up, saturating), ``floor`` (the bits of the two's complement code as they are) or
+            ``truncate`` (of its magnitude, towards zero).
 
     Returns:
         Codes of ``keep`` bits in two's complement range and their scale ``scale * 2^(bits-keep)``.
@@ -72,8 +116,15 @@ def msb(codes: Tensor, scale: Tensor, bits: int, keep: int) -> tuple[Tensor, Ten
     shift = bits - keep
     if shift == 0:
         return codes.clone(), scale.clone()
-    high = (codes.to(torch.int32) + (1 << (shift - 1))) >> shift
-    return high.clamp_(max=2 ** (keep - 1) - 1).to(code_dtype(keep)), scale * float(1 << shift)
+    if mode == "floor":
+        high = codes >> shift
+    elif mode == "truncate":
+        high = codes.abs().bitwise_right_shift_(shift).mul_(codes.sign())
+    elif shift == 1:  # adding a half first would overflow
+        high = (codes >> 1).add_(codes & 1).clamp_(max=2 ** (keep - 1) - 1)
+    else:
+        high = (codes >> (shift - 1)).add_(1).bitwise_right_shift_(1).clamp_(max=2 ** (keep - 1) - 1)
+    return high.to(code_dtype(keep)), scale * float(1 << shift)
 
 
 def threshold(g_msb: Tensor, beta: float) -> Tensor:
@@ -81,26 +132,59 @@ def threshold(g_msb: Tensor, beta: float) -> Tensor:
     return g_msb.abs().amax() * beta
 
 
-def select(g_msb: Tensor, g: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def fixed_threshold(g_msb: Tensor, tau: float) -> Tensor:
+    """Return ``tau`` as a 0-d tensor beside ``g_msb``."""
+    return g_msb.new_full((), tau)
+
+
+def select(g_msb: Tensor, g: Tensor, tau: Tensor) -> Tensor:
     """Take the predicted gradient where it is confident, the full one elsewhere (paper, eq. of section 3.3).
 
     Args:
         g_msb: Predicted weight gradient.
         g: Full weight gradient, same shape.
         tau: 0-d threshold.
+    """
+    return torch.where(g_msb.abs() >= tau, g_msb, g)
+
+
+def sparsify(g_msb: Tensor, tau: Tensor) -> Tensor:
+    """Take the predicted gradient where it is confident, and zero elsewhere."""
+    return torch.where(g_msb.abs() < tau, 0.0, g_msb)
+
+
+def sign(g: Tensor) -> Tensor:
+    """Return -1, 0 or 1; unlike ``torch.sign``, NaN stays NaN, so that a loss scaler or a clip still sees it."""
+    return torch.where(g.isnan(), g, g.sign())
+
+
+def agreement(g_msb: Tensor, g: Tensor, tau: Tensor, variance: Tensor | None = None) -> Tensor:
+    """Statistics of one weight's selection.
+
+    Args:
+        g_msb: Predicted weight gradient.
+        g: Full weight gradient.
+        tau: 0-d threshold.
+        variance: Variance of ``g - g_msb`` that uniform quantization noise gives each element; None if unknown.
 
     Returns:
-        The selected gradient, and three counts as a float64 vector: elements predicted, predicted with the sign of
-        the full gradient, all.
+        A float64 vector: elements predicted, predicted with the sign of the full gradient, all; and the sum over the
+        predicted ones of the paper's bound on the probability of a wrong sign (Chebyshev's inequality for symmetric
+        noise, ``variance / (2 g^2)``, at most 1), NaN if the variance is unknown.
     """
     predicted = g_msb.abs() >= tau
     agree = predicted & (torch.sign(g_msb) == torch.sign(g))
-    counts = torch.stack([predicted.sum(), agree.sum(), torch.full((), g.numel(), dtype=torch.int64)]).double()
-    return torch.where(predicted, g_msb, g), counts
+    if variance is None:
+        bound = g.new_full((), torch.nan)
+    else:
+        bound = torch.where(predicted & (variance > 0), (variance / (2 * g.square())).clamp(max=1.0), 0.0).sum()
+    everything = torch.full_like(bound, g.numel())
+    return torch.stack([predicted.sum(), agree.sum(), everything, bound]).double()
 
 
-def _empty_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=code_dtype(bits)), x.new_empty(())
+def _empty_codes(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    shape = [] if axis is None else [x.shape[d] if d == axis % x.dim() else 1 for d in range(x.dim())]
+    return torch.empty_like(x, dtype=code_dtype(bits)), x.new_empty(shape)
 
 
 def _define(schema: str, kernel: object, fake: object) -> None:
@@ -110,7 +194,12 @@ def _define(schema: str, kernel: object, fake: object) -> None:
     torch.library.register_fake(f"e2pass::{name}", fake, lib=_LIB)  # type: ignore[arg-type]
 
 
-_define("quantize(Tensor x, int bits) -> (Tensor, Tensor)", quantize, _empty_codes)
+_define("quantize(Tensor x, int bits, int? axis=None) -> (Tensor, Tensor)", quantize, _empty_codes)
+_define(
+    "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream) -> (Tensor, Tensor)",
+    quantize_stochastic,
+    lambda x, bits, axis, step, stream: _empty_codes(x, bits, axis),
+)
 _define(
     "quantize_running(Tensor x, int bits, Tensor running) -> (Tensor, Tensor)",
     quantize_running,
@@ -122,13 +211,20 @@ _define(
     lambda codes, scale: torch.empty_like(codes, dtype=scale.dtype),
 )
 _define(
-    "msb(Tensor codes, Tensor scale, int bits, int keep) -> (Tensor, Tensor)",
+    'msb(Tensor codes, Tensor scale, int bits, int keep, str mode="round") -> (Tensor, Tensor)',
     msb,
-    lambda codes, scale, bits, keep: (torch.empty_like(codes, dtype=code_dtype(keep)), torch.empty_like(scale)),
+    lambda codes, scale, bits, keep, mode="round": (
+        torch.empty_like(codes, dtype=code_dtype(keep)),
+        torch.empty_like(scale),
+    ),
 )
 _define("threshold(Tensor g_msb, float beta) -> Tensor", threshold, lambda g_msb, beta: g_msb.new_empty(()))
+_define("fixed_threshold(Tensor g_msb, float tau) -> Tensor", fixed_threshold, lambda g_msb, tau: g_msb.new_empty(()))
+_define("select(Tensor g_msb, Tensor g, Tensor tau) -> Tensor", select, lambda g_msb, g, tau: torch.empty_like(g))
+_define("sparsify(Tensor g_msb, Tensor tau) -> Tensor", sparsify, lambda g_msb, tau: torch.empty_like(g_msb))
+_define("sign(Tensor g) -> Tensor", sign, torch.empty_like)
 _define(
-    "select(Tensor g_msb, Tensor g, Tensor tau) -> (Tensor, Tensor)",
-    select,
-    lambda g_msb, g, tau: (torch.empty_like(g), g.new_empty((3,), dtype=torch.float64)),
+    "agreement(Tensor g_msb, Tensor g, Tensor tau, Tensor? variance=None) -> Tensor",
+    agreement,
+    lambda g_msb, g, tau, variance=None: g.new_empty((4,), dtype=torch.float64),
 )

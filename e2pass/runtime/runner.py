@@ -36,6 +36,7 @@ class LoweringCache:
         self.rewrites = tuple(rewrites)
         self.entries: dict[tuple[Any, ...], list[CompiledRegion]] = {}
         self.failed = set(opaque)
+        self.contiguous: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweringCache:
         return self
@@ -77,6 +78,7 @@ class RegionRunner:
         modules = {n.target: owner.get_submodule(n.target) for n in region.graph.find_nodes(op="call_module")}
         self.modules = [m for root in modules.values() for m in root.modules()]
         self.norms = [m for m in self.modules if isinstance(m, _NORMS)]
+        self.convolves = _convolves_images(region.graph, self.modules)
         self.parameters = [_slot(owner, name) for name in region_parameters(region, owner)]
         self.statistics = [*self._module_statistics(modules), *self._functional_statistics()]
 
@@ -88,6 +90,8 @@ class RegionRunner:
         overrides: dict[str, tuple[Tensor, Tensor]],
         on_counts: CountSink,
         on_scales: Callable[[str, Sequence[str], Sequence[Tensor]], None],
+        *,
+        precise: bool = False,
     ) -> tuple[Tensor, ...]:
         """Run on ``batch`` samples.
 
@@ -99,11 +103,12 @@ class RegionRunner:
                 predicted one.
             on_counts: Receives a weight's selection counts in backward.
             on_scales: Receives the scales of this execution's activation quantizers.
+            precise: Run as plain autograd this time.
         """
         frozen = self.region.needs_two and batch < 2
         graph = self.frozen if frozen and self.frozen is not None else self.eager
         with self._norms_in_evaluation(frozen):
-            if self.cache is None or self.region.name in self.cache.failed:
+            if precise or self.cache is None or self.region.name in self.cache.failed:
                 return self._run_eager(graph, inputs, share)
             try:
                 return self._run_lowered(self.cache, graph, inputs, batch, share, overrides, on_counts, on_scales)
@@ -185,6 +190,8 @@ class RegionRunner:
     ) -> tuple[Tensor, ...]:
         training = self.owner.training
         compiled = self._find(cache, graph, inputs, batch)
+        if self._channels_last(cache):
+            inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
         tensors = self.arguments(compiled, inputs, overrides)
         shadows = [overrides[name][1] for _, name in compiled.shadows]
         values, side = compiled(tensors, shadows, on_counts)
@@ -222,6 +229,8 @@ class RegionRunner:
                 tensors.append(inputs[name])
             elif kind == "scale":
                 tensors.append(self._running_scale(name))
+            elif kind == "step":
+                tensors.append(self.owner.e2_steps.count)  # type: ignore[union-attr]
             else:
                 tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
         return tensors
@@ -229,7 +238,21 @@ class RegionRunner:
     def _find(
         self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
     ) -> CompiledRegion:
-        specs = self._specs(inputs, batch)
+        if self._channels_last(cache):
+            try:
+                return self._compiled(cache, graph, inputs, batch)
+            except LoweringError:  # it looks at strides: a view of what would have to be copied first
+                cache.contiguous.add(self.region.name)
+        return self._compiled(cache, graph, inputs, batch)
+
+    def _channels_last(self, cache: LoweringCache) -> bool:
+        """Whether the region computes on images with the channels last, in which convolutions are faster."""
+        return self.convolves and self.region.name not in cache.contiguous
+
+    def _compiled(
+        self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
+    ) -> CompiledRegion:
+        specs = self._specs(inputs, batch, self._channels_last(cache))
         frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
         frozen_norms = graph is self.frozen
         key = (self.region.name, frozen, frozen_norms, specs, self._baked(), _autocast(inputs))
@@ -245,7 +268,7 @@ class RegionRunner:
         yield from self.region.graph.find_nodes(op="placeholder")
         yield from self.region.graph.output_node().all_input_nodes
 
-    def _specs(self, inputs: Sequence[Tensor], batch: int) -> tuple[ValueSpec, ...]:
+    def _specs(self, inputs: Sequence[Tensor], batch: int, channels_last: bool) -> tuple[ValueSpec, ...]:
         """The planned specs with the gradients this call wants; plain sizes where the call's shapes are others."""
         specs = []
         grad = torch.is_grad_enabled()
@@ -253,7 +276,8 @@ class RegionRunner:
             fits = tuple(tensor.shape) == planned.concrete(batch) and tensor.dtype == planned.dtype
             shape = planned.shape if fits else tuple(tensor.shape)
             wants = (tensor.requires_grad and grad) or (not grad and planned.requires_grad)
-            specs.append(ValueSpec(shape, tensor.dtype, wants and tensor.is_floating_point()))
+            layout = channels_last and tensor.dim() == 4
+            specs.append(ValueSpec(shape, tensor.dtype, wants and tensor.is_floating_point(), layout))
         return tuple(specs)
 
     def _baked(self) -> tuple[Any, ...]:
@@ -269,6 +293,13 @@ def _autocast(inputs: Sequence[Tensor]) -> torch.dtype | None:
     """The type that autocast computes in where the inputs are, None where it is off."""
     kind = inputs[0].device.type if inputs else "cpu"
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _convolves_images(graph: fx.Graph, modules: Sequence[nn.Module]) -> bool:
+    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in modules):
+        return True
+    convolutions = {torch.conv2d, torch.conv_transpose2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
+    return any(n.op == "call_function" and n.target in convolutions for n in graph.nodes)
 
 
 def _training_norms(graph: fx.Graph) -> list[fx.Node]:

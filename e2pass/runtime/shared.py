@@ -29,9 +29,16 @@ class SumThenSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, full: Tensor, predicted: Tensor) -> Any:
         """Select, sign and scale the summed gradients."""
-        chosen, counts = ops.select(predicted, full, ops.threshold(predicted, ctx.psg.beta))
-        update = torch.sign(chosen)
-        if ctx.psg.scale == "mean":
-            update = update * predicted.abs().mean()
-        ctx.on_counts(ctx.name, counts)
-        return update, None, None, None
+        psg: PSG = ctx.psg
+        tau = ops.threshold(predicted, psg.beta) if psg.tau is None else ops.fixed_threshold(predicted, psg.tau)
+        if psg.stats:
+            ctx.on_counts(ctx.name, ops.agreement(predicted, full, tau))
+        chosen = ops.sparsify(predicted, tau) if psg.sparsify else ops.select(predicted, full, tau)
+        return _signed(chosen, predicted, psg), None, None, None
+
+
+def _signed(chosen: Tensor, predicted: Tensor, psg: PSG) -> Tensor:
+    if not psg.sign:
+        return chosen
+    update = ops.sign(chosen)
+    return update * predicted.abs().mean() if psg.scale == "mean" else update

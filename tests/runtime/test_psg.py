@@ -120,7 +120,7 @@ LAYERS = [
 def test_one_layer_against_integer_arithmetic(make, shape: tuple[int, ...], beta: float, scale: str) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
-    psg = e2pass.PSG(beta=beta, scale=scale)
+    psg = e2pass.PSG(beta=beta, scale=scale, stats=True)
     t = e2pass.transform(layer, x, config=e2pass.Config(smd=None, slu=None, psg=psg))
     output = t.model(x)
     (xc, xs), (wc, ws) = codes_of(x, 8), codes_of(layer.weight, 8)
@@ -194,7 +194,8 @@ def test_evaluation_freezes_the_scales_of_training() -> None:
 def test_training_with_predicted_signs_lowers_the_loss() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 10, (64,))
-    t = e2pass.transform(image_net(conv_residual(8), nn.ReLU()), x[:8], config="psg")
+    config = e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True))
+    t = e2pass.transform(image_net(conv_residual(8), nn.ReLU()), x[:8], config=config)
     optimizer = torch.optim.SGD(t.param_groups(lr=0.1), momentum=0.9)
     losses = []
     for _ in range(25):

@@ -43,6 +43,8 @@ declare_free(
     "the array consumes integer codes directly; turning them back into floats is an artefact of the emulation",
     "e2pass.dequantize",
 )
+declare_free("a constant, known to the board beforehand", "e2pass.fixed_threshold")
+declare_free("a statistic of the emulation, which the board does not keep", "e2pass.agreement")
 
 _ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
 

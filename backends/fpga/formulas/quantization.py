@@ -29,6 +29,20 @@ def quantize(site: OpSite) -> Work:
     )
 
 
+@register_cost("e2pass.quantize_stochastic")
+def quantize_stochastic(site: OpSite) -> Work:
+    """As ``quantize``, and a random number (shift and exclusive or of a register) added to each element."""
+    x = tensor(site, 0)
+    return stream(
+        site,
+        "quantize: max|x|, then encode with random rounding",
+        PEAK.plus(ENCODE).plus(Alu(3, 0)),
+        elements=x.numel,
+        reads=(x,),
+        rereads=(Reread(x.bytes, x.bytes),),
+    )
+
+
 @register_cost("e2pass.quantize_running")
 def quantize_running(site: OpSite) -> Work:
     """The scale is known beforehand: one pass."""
@@ -50,20 +64,18 @@ def threshold(site: OpSite) -> Work:
 
 @register_cost("e2pass.select")
 def select(site: OpSite) -> Work:
-    """Predicted or full gradient per weight; the counts are a statistic of the emulation, no work of the board."""
+    """Predicted or full gradient per weight."""
     out = site.outputs[0]
     return stream(site, "select: compare and choose", SELECT, elements=out.numel, writes=(out,))
 
 
-@register_cost("e2pass.sign_select")
-def sign_select(site: OpSite) -> Work:
-    """Threshold, choice and sign per weight; the predicted gradient is read again unless it fits."""
-    predicted = tensor(site, 0)
-    return stream(
-        site,
-        "sign select: max|g_msb|, compare, choose, sign",
-        PEAK.plus(SELECT).plus(Alu(1, 0)),
-        elements=predicted.numel,
-        writes=site.outputs[:1],
-        rereads=(Reread(predicted.bytes, predicted.bytes),),
-    )
+@register_cost("e2pass.sparsify")
+def sparsify(site: OpSite) -> Work:
+    """Predicted gradient or zero per weight."""
+    return stream(site, "sparsify: compare and choose", SELECT)
+
+
+@register_cost("e2pass.sign")
+def sign(site: OpSite) -> Work:
+    """The sign bit and a test for zero per weight."""
+    return stream(site, "sign", Alu(1, 0))
