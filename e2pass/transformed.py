@@ -146,10 +146,6 @@ class Transformed:
             found["psg"] = {name: _selection(*c.tolist()) for name, c in self.model.e2_counts.counts.items()}
         return found
 
-    def reset_stats(self) -> None:
-        """Begin to count predictor use anew, for instance at every epoch."""
-        self.model.e2_counts.counts.clear()
-
     def _slu_stats(self, slu: SLUGates) -> dict[str, Any]:
         names = [b.name for b in self.blocks if b.gated]
         train, evaluation = slu.skipped_share(), slu.skipped_share(evaluation=True)
