@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 DATA ?=
 PYTEST_ARGS ?=
 # One process per core, each with one compute thread: two levels of parallelism would fight for the same cores.
-WORKERS ?= -n auto --maxprocesses=8
+WORKERS ?= -n auto --maxprocesses=8 --dist loadgroup
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # What an installation depends on; the lists of packages and versions are all in these files.

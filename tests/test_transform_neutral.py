@@ -90,7 +90,11 @@ def assert_same_step(actual: Step, expected: Step) -> None:
         assert_close(actual.buffers[name], buffer, f"buffer {name}")
 
 
-@pytest.mark.parametrize("entry", [*SHIPPED, *ENTRIES], ids=lambda e: e.name)
+# Tests of one model run in one process, which transforms it once.
+MODELS = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in (*SHIPPED, *ENTRIES)]
+
+
+@pytest.mark.parametrize("entry", MODELS)
 def test_neutral_equals_the_original(entry: Entry) -> None:
     original, inputs, before, t = neutral(entry)
     report = t.verify()
@@ -106,7 +110,7 @@ def test_neutral_equals_the_original(entry: Entry) -> None:
     assert all(p.grad is None for p in original.parameters())
 
 
-@pytest.mark.parametrize("entry", [*SHIPPED, *ENTRIES], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", MODELS)
 def test_blocks_of_the_transformed_model(entry: Entry) -> None:
     _, _, _, t = neutral(entry)
     assert len(t.blocks) == entry.blocks, entry.rule
@@ -115,6 +119,26 @@ def test_blocks_of_the_transformed_model(entry: Entry) -> None:
     expected = {"E2P203"} if not gated else set()
     assert {d.code for d in t.diagnostics.with_code("E2P203")} == expected
     assert len(list(t.diagnostics.with_code("E2P200"))) == len(gated)
+
+
+@pytest.mark.parametrize("entry", MODELS)
+def test_keys_of_the_original_survive(entry: Entry) -> None:
+    original, _, _, t = neutral(entry)
+    keys = list(original.state_dict())
+    assert [k for k in t.model.state_dict() if not k.startswith("e2_")] == keys
+    ours = [n for n, _ in t.model.named_parameters() if not n.startswith("e2_")]
+    assert ours == [n for n, _ in original.named_parameters()]
+    trained = copy.deepcopy(t.model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.5)
+    unwrapped = trained.source()
+    fresh = copy.deepcopy(original)
+    assert type(unwrapped) is type(fresh)
+    assert list(unwrapped.state_dict()) == keys
+    assert str(fresh.load_state_dict(unwrapped.state_dict())) == "<All keys matched successfully>"
+    for name, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, trained.get_parameter(name)), name
 
 
 def test_an_mlp_says_that_it_has_no_residual_block() -> None:
@@ -167,10 +191,13 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert_same_step(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["preact_resnet", "residual_mlp", "vit", "gpt2", "tuple_input"])
+RESIZED = ["preact_resnet", "residual_mlp", "vit", "gpt2", "tuple_input"]
+
+
+@pytest.mark.parametrize("entry", [m for m in MODELS if m.id in RESIZED])
 @pytest.mark.parametrize("batch", [1, 2, 11])
-def test_neutral_at_other_batch_sizes(name: str, batch: int) -> None:
-    model, inputs, _, t = neutral(ZOO[name])
+def test_neutral_at_other_batch_sizes(entry: Entry, batch: int) -> None:
+    model, inputs, _, t = neutral(entry)
     leaves = list(inputs.values()) if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
     resized = [leaf[torch.arange(batch) % len(leaf)] for leaf in leaves]
     other: ExampleInputs = resized[0] if isinstance(inputs, Tensor) else tuple(resized)
