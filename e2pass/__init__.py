@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from e2pass.config import Config as Config
     from e2pass.errors import E2PassError as E2PassError
     from e2pass.graph_diff import diff as diff
+    from e2pass.rates import PredictorHardware as PredictorHardware
+    from e2pass.report import compare as compare
 
 __version__ = "0.1.0.dev0"
 
@@ -33,8 +35,10 @@ _HOME = {
     "PSG": "e2pass.config",
     "SLU": "e2pass.config",
     "SMD": "e2pass.config",
+    "PredictorHardware": "e2pass.rates",
     "analyze": "e2pass.api",
     "diff": "e2pass.graph_diff",
+    "compare": "e2pass.report",
     "transform": "e2pass.api",
 }
 

@@ -28,11 +28,13 @@ from e2pass.passes.predict_signs import PredictSigns
 from e2pass.passes.price import Price, WeighGates
 from e2pass.passes.quantize import Quantize
 from e2pass.program import Program
+from e2pass.rates import PredictorHardware
 from e2pass.report import CostReport
 from e2pass.runtime.module import E2Module, Executable
 from e2pass.runtime.runner import LoweringCache
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.steps import StepCounter
+from e2pass.training_graph import STANDARD
 from e2pass.training_step import TrainingStep
 from e2pass.transformed import Transformed
 
@@ -86,7 +88,12 @@ def transform(
 
 
 def analyze(
-    model: nn.Module, example_inputs: Any, *, board: Any = "zedboard", config: Config | str | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    board: Any = "zedboard",
+    config: Config | str | None = None,
+    hardware: PredictorHardware = STANDARD,
 ) -> CostReport:
     """Price one training step of a model, and with a configuration that of its transformed form beside it.
 
@@ -95,6 +102,7 @@ def analyze(
         example_inputs: As for ``transform``; their batch size is the one that is priced.
         board: As for ``transform``.
         config: What to transform with; None leaves ``.transformed`` None.
+        hardware: What the board does with predicted weight gradients; matters with PSG only.
     """
     if config is None:
         program = _program(model, example_inputs, resolve("neutral").model_copy(update={"slu": None}), inplace=False)
@@ -103,7 +111,7 @@ def analyze(
         return step.report(program, baseline_only=True)
     settings = resolve(config)
     loader = [None, None] if settings.smd is not None else None
-    return transform(model, example_inputs, loader, config=settings, board=board).report()
+    return transform(model, example_inputs, loader, config=settings, board=board).report(hardware=hardware)
 
 
 def pipeline(config: Config, step: TrainingStep | None = None) -> list[Pass]:

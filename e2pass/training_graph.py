@@ -379,7 +379,7 @@ class TrainingGraph:
 
 
 def _saved(text: str, path: File) -> str:
-    from e2pass.report_formats import save
+    from e2pass.report.files import save
 
     return save(text, None if path is None else Path(path))
 

@@ -82,6 +82,8 @@ class TrainingStep:
             assumptions |= _rate_assumptions(program, rates) | _hardware_assumptions(acting, hardware)
         return CostReport(
             board=self.cost_model.name,
+            batch_size=program.inputs.batch_size,
+            ceilings=getattr(self.cost_model, "ceilings", None),
             baseline=step.price((), rates, hardware),
             transformed=None if baseline_only else step.price(acting, rates, hardware),
             alone=tuple(step.variant(_with_operands(t), rates, hardware) for t in acting),

@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.browser import browser as browser
+
 # No deadline: a slow machine is no failure. In CI the examples are the same each time.
 hypothesis.settings.register_profile("e2pass", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("e2pass")

@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout.strip() == e2pass.__version__
-    for command in ("demo", "analyze", "inspect", "boards"):
+    for command in ("demo", "analyze", "compare", "inspect", "boards"):
         assert command in run("--help").stdout
         assert run(command, "--help").exit_code == 0
 
@@ -78,6 +78,25 @@ def test_analyze_with_a_preset_writes_a_file(folder: Path) -> None:
     report = CostReport.from_json(folder / "cost.json")
     assert report.saving.energy == pytest.approx(0.5)  # a dropped batch costs nothing, and half are dropped
     assert [path.name for path in folder.iterdir()] == ["cost.json"]
+
+
+def test_limits_on_the_energy_ratio_and_comparison(folder: Path) -> None:
+    linear = ("analyze", "torch.nn:Linear", '{"in_features": 3, "out_features": 2}', "-i", "4x3", "--config", "smd")
+    passed = run(*linear, "--max-energy-ratio", "0.5", "-f", "json", "-o", "a.json", "--steps", "100")
+    assert passed.exit_code == 0
+    failed = run(*linear, "--max-energy-ratio", "0.49", "-f", "html", "-o", "a.html")
+    assert failed.exit_code == 1
+    assert "energy ratio 0.5000, above the limit of 0.49" in failed.stderr
+    assert (folder / "a.html").read_text().startswith("<!doctype html>")
+    report = CostReport.from_json(folder / "a.json")
+    assert report.run == report.for_run(100)
+    assert run(*linear[:-2], "-f", "json", "-o", "b.json", "--epochs", "2", "--dataset-size", "9").exit_code == 0
+    assert CostReport.from_json(folder / "b.json").run == CostReport.from_json(folder / "b.json").for_run(6)
+    same = run("compare", "a.json", "b.json", "--max-energy-ratio", "1")
+    assert same.exit_code == 0
+    assert "baseline step" in same.stdout
+    assert run("compare", "a.json", "b.json", "--max-energy-ratio", "0.99").exit_code == 1
+    assert json.loads(run("compare", "a.json", "b.json", "-f", "json").stdout)["energy_ratio"] == 1.0
 
 
 def test_board_file_is_accepted(folder: Path) -> None:
@@ -153,6 +172,9 @@ BAD = {
     "board": (["analyze", *RESNET, *SMALL, "--board", "none"], "no board 'none': give one of zedboard"),
     "output folder": (["analyze", *RESNET, *SMALL, "-o", "none/cost.json"], "there is no folder"),
     "output is a folder": (["analyze", *RESNET, *SMALL, "-o", "."], "it is a folder"),
+    "dW": (["analyze", *RESNET, *SMALL, "--dw-skips", "tile"], "choose 'element' or 'tensor'"),
+    "limit": (["analyze", *RESNET, *SMALL, "--max-energy-ratio", "1"], "say what to transform with, --config"),
+    "no report": (["compare", "none.json", "none.json"], "no cost report can be read from none.json"),
     "inspect": (["inspect", *RESNET, *SMALL, "--config", "e3"], "unknown config 'e3'"),
     "show": (["boards", "show", "none"], "no board 'none'"),
     "validate": (["boards", "validate", "none.yaml"], "no board 'none.yaml'"),

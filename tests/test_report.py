@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from e2pass.backends.fpga import FpgaCostModel
+from e2pass.backends.html import to_html
 from e2pass.cost import CostModel, Free, OpCost, OpSite, Phase, Technique, TensorSpec, Unsupported
 from e2pass.errors import InputError
-from e2pass.report import BASIS, CostReport, StepCost, price_step
+from e2pass.report import BASIS, CostReport, StepCost, compare, pivot, price_step
+from tests.reports import HOSTILE, made_up
 
 
 class Fixed:
@@ -176,10 +180,17 @@ def test_steps_must_be_a_positive_whole_number(steps: object) -> None:
 
 
 def formats(full: CostReport) -> dict[str, str]:
-    return {"table": full.table(), "json": full.to_json(), "csv": full.to_csv(), "md": full.to_markdown()}
+    return {
+        "table": full.table(),
+        "json": full.to_json(),
+        "csv": full.to_csv(),
+        "md": full.to_markdown(),
+        "latex": full.to_latex(),
+        "html": to_html(full),
+    }
 
 
-@pytest.mark.parametrize("kind", ["table", "json", "csv", "md"])
+@pytest.mark.parametrize("kind", ["table", "json", "csv", "md", "latex", "html"])
 @pytest.mark.parametrize("with_transformed", [True, False])
 def test_every_format_states_basis_board_assumptions_and_what_is_missing(kind: str, with_transformed: bool) -> None:
     text = formats(report(with_transformed=with_transformed, odd=True))[kind]
@@ -188,14 +199,17 @@ def test_every_format_states_basis_board_assumptions_and_what_is_missing(kind: s
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    for full in (report(), report(with_transformed=False), report(odd=True)):
+    whole = made_up(hostile=HOSTILE).with_run(steps=10)
+    for full in (report(), report(with_transformed=False), report(odd=True), whole):
         text = full.to_json(tmp_path / "r.json")
         assert CostReport.from_json(text) == full
         assert CostReport.from_json(tmp_path / "r.json") == full
         assert CostReport.from_json(str(tmp_path / "r.json")) == full
     data = json.loads(text)
     assert data["schema"] == "e2pass/cost-report/2"
-    assert data["baseline"]["totals"]["energy_j"] == 5
+    assert data["baseline"]["totals"]["energy_j"] == whole.baseline.energy_j
+    assert [stage["techniques"][-1] for stage in data["stages"]] == ["smd", "slu", "bits", "psg"]
+    assert data["run"]["steps"] == 10
 
 
 @pytest.mark.parametrize(
@@ -229,6 +243,98 @@ def test_markdown_tables_are_rectangular() -> None:
     assert "no formula \\| for this" in text
 
 
+def test_latex_is_escaped_and_balanced() -> None:
+    text = made_up(hostile=HOSTILE).to_latex()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\midrule") > 6
+    bare = re.sub(r"\\[&%$#_{}]|\\text\w+\{\}", "", body)
+    assert bare.count("{") == bare.count("}")
+    assert not set(bare) & set("$%#_^~<>")
+    for table in re.findall(r"\\toprule(.*?)\\bottomrule", bare, re.S):
+        rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+        assert len({row.count("&") for row in rows}) == 1
+
+
+def test_names_from_the_model_are_text_in_tables() -> None:
+    whole = made_up(hostile="[bold]x[/bold]|`y`")
+    assert "[bold]x[/bold]|`y`" in whole.table(width=200)
+    assert r"\[bold\]x\[/bold\]\|\`y\`" in whole.to_markdown()
+
+
+def test_a_run_in_epochs() -> None:
+    full = made_up()  # batches of 8
+    assert full.for_run(epochs=3, dataset_size=17) == full.for_run(steps=9)
+    shown = full.with_run(epochs=3, dataset_size=17)
+    assert shown.run == full.for_run(9)
+    for text in formats(shown).values():
+        assert "9 nominal steps" in text or '"steps": 9' in text or text.startswith("basis")
+    for wrong in ({}, {"epochs": 3}, {"steps": 1, "epochs": 3, "dataset_size": 9}, {"epochs": 0, "dataset_size": 9}):
+        with pytest.raises(InputError, match=r"steps|epochs"):
+            full.for_run(**wrong)
+    with pytest.raises(InputError, match="batch size"):
+        report().for_run(epochs=1, dataset_size=8)
+
+
+def test_a_pivot_adds_up_and_refuses_unknown_dimensions() -> None:
+    step = made_up().baseline
+    for by in ((), ("layer",), ("phase", "technique"), ("layer", "block", "phase", "technique")):
+        cells = pivot(step, *by)
+        assert math.fsum(c.total_j for c in cells) == pytest.approx(step.energy_j)
+        assert math.fsum(c.traffic_bytes[step.dram] for c in cells) == pytest.approx(step.dram_bytes)
+        assert sum(c.rows for c in cells) == len(step.rows)
+        assert len({c.key for c in cells}) == len(cells)
+    with pytest.raises(InputError, match="colour"):
+        pivot(step, "colour")
+
+
+def test_roofline_points_lie_under_the_roof() -> None:
+    full = made_up()
+    assert full.ceilings is not None
+    for points in full.roofline().values():
+        assert points
+        for point in points:
+            roof = min(max(full.ceilings.macs_per_s.values()), full.ceilings.dram_bytes_per_s * point.macs_per_byte)
+            assert point.macs_per_s <= roof * (1 + 1e-9)
+
+
+def test_the_waterfall_runs_from_the_baseline_to_the_transformed_step() -> None:
+    full = made_up()
+    assert full.transformed is not None
+    assert [bar.technique for bar in full.waterfall] == ["SMD", "SLU", "low precision", "PSG"]
+    assert full.waterfall[0].before == full.baseline.totals
+    for bar, following in itertools.pairwise(full.waterfall):
+        assert bar.after == following.before
+    assert full.waterfall[-1].after.energy_j == pytest.approx(full.transformed.energy_j)
+    assert full.waterfall[0].after.energy_j == pytest.approx(full.baseline.energy_j / 2)
+
+
+def test_comparison(tmp_path: Path) -> None:
+    a, b = made_up(), made_up(layers=5)
+    a.to_json(tmp_path / "a.json")
+    found = compare(tmp_path / "a.json", b)
+    assert found.which == "transformed"
+    assert a.transformed is not None
+    assert b.transformed is not None
+    assert found.energy_ratio == pytest.approx(b.transformed.energy_j / a.transformed.energy_j)
+    text = found.table()
+    assert "layer4" in text
+    assert BASIS in text
+    assert json.loads(found.to_json(tmp_path / "c.json"))["energy_ratio"] == found.energy_ratio
+    assert "| energy |" in found.to_markdown()
+    same = compare(a, a)
+    assert same.energy_ratio == 1
+    assert same.assumptions == {}
+    plain = compare(report(with_transformed=False), report())
+    assert plain.which == "baseline"
+    assert plain.energy_ratio == 1
+    with pytest.raises(InputError, match="no transformed step"):
+        compare(report(with_transformed=False), report(), "transformed")
+    with pytest.raises(InputError, match="which"):
+        compare(a, b, "both")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="nowhere"):
+        compare(tmp_path / "nowhere.json", b)
+
+
 def test_the_rich_table_is_the_text_table() -> None:
     console = Console(file=io.StringIO(), width=120, color_system=None)
     console.print(report())
@@ -237,7 +343,7 @@ def test_the_rich_table_is_the_text_table() -> None:
     assert max(map(len, report().table(width=90).splitlines())) <= 90
 
 
-@pytest.mark.parametrize("method", ["to_json", "to_csv", "to_markdown"])
+@pytest.mark.parametrize("method", ["to_json", "to_csv", "to_markdown", "to_latex"])
 def test_writing_is_all_or_nothing(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "report"
     target.write_text("before", encoding="utf-8")

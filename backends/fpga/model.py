@@ -14,6 +14,7 @@ from e2pass.backends.fpga.registry import lookup
 from e2pass.backends.fpga.workload import Product, Work
 from e2pass.cost import Free, OpCost, OpSite, Unsupported
 from e2pass.errors import ConfigError
+from e2pass.report.rooflines import Ceilings
 
 PICO = 1e-12
 
@@ -80,6 +81,15 @@ class FpgaCostModel:
     def assumptions(self) -> Mapping[str, str]:
         """What the model takes for granted, by topic; for the reports."""
         return ASSUMPTIONS
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """What the board could do at most, for rooflines: the array by operand widths, and the off-chip bandwidth."""
+        rates = {f"{a} x {b} bit": self.board.mac(a, b) for a, b in ((32, 32), (8, 16), (8, 8), (4, 10))}
+        return Ceilings(
+            {name: r.macs_per_cycle * self._clock_hz for name, r in rates.items() if r is not None},
+            self.board.off_chip.bandwidth_gb_per_s.value * 1e9,
+        )
 
     def sources(self) -> Mapping[str, str]:
         """Return every number of the board by key: its value, kind of evidence and source."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from e2pass.cli.cost import analyze, compare
 from e2pass.cli.errors import one_line_errors
+from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, keyword_arguments
 
 app = typer.Typer(
     name="e2pass",
@@ -18,18 +20,6 @@ app = typer.Typer(
 )
 boards = typer.Typer(help="List, show and check descriptions of boards.", invoke_without_command=True)
 app.add_typer(boards, name="boards")
-
-FORMATS = ("table", "json", "csv", "md")
-Model = Annotated[str, typer.Argument(help="package.module:callable or path/to/file.py:callable")]
-Arguments = Annotated[
-    str | None, typer.Argument(metavar="[JSON]", help="Keyword arguments of the callable, e.g. '{\"depth\": 20}'")
-]
-Keywords = Annotated[str | None, typer.Option("--kwargs", help="The same as an option", metavar="JSON")]
-Input = Annotated[
-    list[str],
-    typer.Option("--input", "-i", metavar="[NAME=]DIMS[:DTYPE]", help="Shape, batch first; once for each input"),
-]
-BoardName = Annotated[str, typer.Option("--board", "-b", help="Name of a shipped board, or path of a board file")]
 
 
 @app.callback(invoke_without_command=True)
@@ -42,44 +32,8 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
-def analyze(
-    model: Model,
-    arguments: Arguments = None,
-    *,
-    shapes: Input,
-    kwargs: Keywords = None,
-    board: BoardName = "zedboard",
-    config: Annotated[str | None, typer.Option(help="Preset to price beside the plain step, e.g. e2train")] = None,
-    fmt: Annotated[str, typer.Option("--format", "-f", help=" | ".join(FORMATS))] = "table",
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing")] = None,
-    fail_on_unpriced: Annotated[
-        bool, typer.Option("--fail-on-unpriced", help="Exit with code 1 if an operation has no price")
-    ] = False,
-) -> None:
-    """Model the energy and time of one training step of MODEL on a board."""
-    with one_line_errors():
-        from e2pass.cli.output import write_report
-
-        _one_of("--format", fmt, FORMATS)
-        _check_output(out)
-        report = _analyzed(model, arguments, kwargs, shapes, board, config)
-        write_report(report, fmt, out)
-        unpriced = report.coverage.unpriced
-    if fail_on_unpriced and unpriced:
-        ops = sorted({op.op for op in unpriced})
-        typer.echo(f"e2pass: {len(unpriced)} operations have no price: {', '.join(ops)}", err=True)
-        raise typer.Exit(1)
-
-
-def _analyzed(
-    model: str, arguments: str | None, kwargs: str | None, shapes: list[str], board: str, config: str | None
-) -> Any:
-    from e2pass.api import analyze as analyze_model
-    from e2pass.cli.target import build_model, parse_inputs
-
-    inputs = parse_inputs(shapes)
-    return analyze_model(build_model(model, _kwargs(arguments, kwargs)), inputs, board=board, config=config)
+app.command()(analyze)
+app.command()(compare)
 
 
 @app.command()
@@ -99,7 +53,7 @@ def inspect(
         from e2pass.cli.target import build_model, parse_inputs
 
         inputs = parse_inputs(shapes)
-        t = transform(build_model(model, _kwargs(arguments, kwargs)), inputs, config=config, board=board)
+        t = transform(build_model(model, keyword_arguments(arguments, kwargs)), inputs, config=config, board=board)
         print_inspection(t)
 
 
@@ -153,14 +107,6 @@ def boards_validate(file: Annotated[Path, typer.Argument(help="Board description
         typer.echo(f"{file}: valid, board {board.name}")
 
 
-def _kwargs(argument: str | None, option: str | None) -> str | None:
-    from e2pass.errors import InputError
-
-    if argument is not None and option is not None:
-        raise InputError("keyword arguments were given twice, after MODEL and with --kwargs; give them once")
-    return option if argument is None else argument
-
-
 def _seeds(text: str) -> tuple[int, ...]:
     from e2pass.errors import InputError
 
@@ -171,20 +117,3 @@ def _seeds(text: str) -> tuple[int, ...]:
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {text!r}: seeds are different whole numbers from 0 up")
     return seeds
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    from e2pass.errors import InputError
-
-    if value not in allowed:
-        raise InputError(f"{option} {value!r} is not allowed; choose one of {', '.join(allowed)}")
-
-
-def _check_output(out: Path | None) -> None:
-    """Say before the work, not after it, that its result could not be written."""
-    from e2pass.errors import InputError
-
-    if out is not None and not out.resolve().parent.is_dir():
-        raise InputError(f"cannot write {out}: there is no folder {out.resolve().parent}")
-    if out is not None and out.is_dir():
-        raise InputError(f"cannot write {out}: it is a folder")

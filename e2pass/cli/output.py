@@ -7,32 +7,46 @@ from collections.abc import Callable
 from pathlib import Path
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from e2pass.backends.fpga.board import list_boards, load_board
-from e2pass.report import CostReport
+from e2pass.report import Comparison, CostReport, save
 from e2pass.transformed import Transformed
 
 
 def write_report(report: CostReport, fmt: str, out: Path | None) -> None:
-    """Write a report to ``out``, or print it; ``fmt`` is table, json, csv or md."""
-    if out is None and fmt == "table":
-        _console().print(report)
-        return
-    from e2pass.report_formats import save
+    """Write a report to ``out``, or print it; ``fmt`` is table, json, csv, md, latex or html."""
+    from e2pass.backends.html import to_html
 
     texts: dict[str, Callable[[], str]] = {
         "json": report.to_json,
         "csv": report.to_csv,
         "md": report.to_markdown,
+        "latex": report.to_latex,
+        "html": lambda: to_html(report),
         "table": report.table,
     }
-    text = texts[fmt]()
-    if out is None:
-        typer.echo(text, nl=not text.endswith("\n"))
-        return
-    save(text, out)
+    _write(report, texts[fmt], fmt, out)
+
+
+def write_comparison(comparison: Comparison, fmt: str, out: Path | None) -> None:
+    """Write a comparison to ``out``, or print it; ``fmt`` is table, json or md."""
+    texts: dict[str, Callable[[], str]] = {
+        "json": comparison.to_json,
+        "md": comparison.to_markdown,
+        "table": comparison.table,
+    }
+    _write(comparison, texts[fmt], fmt, out)
+
+
+def _write(shown: RenderableType, text: Callable[[], str], fmt: str, out: Path | None) -> None:
+    if out is not None:
+        save(text(), out)
+    elif fmt == "table":
+        _console().print(shown)
+    else:
+        typer.echo(text(), nl=False)
 
 
 def print_inspection(t: Transformed) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from e2pass.demo.data import Images
 from e2pass.demo.train import Recipe, SeedResult
-from e2pass.report_formats import save, si
+from e2pass.report import save, si
 
 SCHEMA = "e2pass/demo/1"
 

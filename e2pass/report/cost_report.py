@@ -1,47 +1,27 @@
 """What a training step and a whole run cost before and after the transformation, and what that saves.
 
-Everything here is modelled, not measured, and says so wherever it is printed (``e2pass.report_formats``).
+Everything here is modelled, not measured, and says so wherever it is printed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e2pass.errors import InputError
-from e2pass.step_cost import (
-    CostRow,
-    Coverage,
-    FreeOp,
-    StepCost,
-    Totals,
-    UnpricedOp,
-    coverage_of,
-    price_step,
-)
+from e2pass.report.bars import Bar, waterfall
+from e2pass.report.files import save
+from e2pass.report.rooflines import Ceilings, RooflinePoint, roofline
+from e2pass.report.run import RunCost, RunTotals, nominal_steps
+from e2pass.step_cost import Coverage, StepCost, coverage_of
 from e2pass.variant import Variant
 
 if TYPE_CHECKING:
     import os
 
     from rich.console import Group
-
-__all__ = [
-    "BASIS",
-    "CostReport",
-    "CostRow",
-    "Coverage",
-    "FreeOp",
-    "RunCost",
-    "RunTotals",
-    "Saving",
-    "StepCost",
-    "Totals",
-    "UnpricedOp",
-    "price_step",
-]
 
 BASIS = "modelled, not measured"
 
@@ -60,45 +40,6 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class RunTotals:
-    """Cost of a whole run."""
-
-    energy_j: float
-    time_s: float
-    macs: float
-    dram_bytes: float
-
-    @property
-    def energy_kj(self) -> float:
-        """Kilojoules."""
-        return self.energy_j / 1e3
-
-    @property
-    def energy_kwh(self) -> float:
-        """Kilowatt-hours."""
-        return self.energy_j / 3.6e6
-
-    @property
-    def hours(self) -> float:
-        """Hours."""
-        return self.time_s / 3600
-
-    @property
-    def average_power_w(self) -> float:
-        """Watts, averaged over the run; 0 for an empty one."""
-        return self.energy_j / self.time_s if self.time_s else 0.0
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """Cost of ``steps`` nominal steps, without and with the transformation. Modelled, not measured."""
-
-    steps: int
-    baseline: RunTotals
-    transformed: RunTotals | None
-
-
-@dataclass(frozen=True)
 class CostReport:
     """What one nominal training step costs on a board, before and after the transformation.
 
@@ -109,6 +50,9 @@ class CostReport:
         alone: The step with each technique alone, where a configuration was priced.
         stages: The step with one technique more each time, in the order SMD, SLU, low precision, PSG; the last of them
             is the transformed step.
+        batch_size: Samples in a mini-batch, None where it is not known.
+        ceilings: What the board could do at most, for a roofline; None where the cost model does not say.
+        run: A whole run, where one was asked for with :meth:`with_run`.
         assumptions: What the figures rest on (rates, optimizer, loss, and what the cost model takes for granted).
         sources: Every number of the cost model by key, with where it comes from.
     """
@@ -118,6 +62,9 @@ class CostReport:
     transformed: StepCost | None = None
     alone: tuple[Variant, ...] = ()
     stages: tuple[Variant, ...] = ()
+    batch_size: int | None = None
+    ceilings: Ceilings | None = None
+    run: RunCost | None = None
     assumptions: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -145,45 +92,72 @@ class CostReport:
         both = {"baseline": self.baseline, "transformed": self.transformed}
         return {name: step for name, step in both.items() if step is not None}
 
-    def for_run(self, steps: int) -> RunCost:
-        """Return the cost of a run of ``steps`` nominal steps (dropped mini-batches count as steps).
+    @property
+    def waterfall(self) -> list[Bar]:
+        """What each technique takes off the baseline, one after the other; empty without a configuration."""
+        return waterfall(self.baseline.totals, self.stages)
+
+    def roofline(self) -> dict[str, list[RooflinePoint]]:
+        """Arithmetic intensity and rate of every product, by step."""
+        return {name: roofline(step) for name, step in self.steps.items()}
+
+    def for_run(
+        self, steps: int | None = None, *, epochs: int | None = None, dataset_size: int | None = None
+    ) -> RunCost:
+        """Return the cost of a whole run, given in ``steps`` or as ``epochs`` over ``dataset_size`` samples.
+
+        Args:
+            steps: Nominal steps: dropped mini-batches count as steps.
+            epochs: Nominal epochs.
+            dataset_size: Samples in an epoch; a last partial mini-batch is priced as a whole one.
 
         Raises:
-            InputError: If ``steps`` is not a positive whole number.
+            InputError: If a number is not a positive whole one, or not exactly one of both ways is used.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps = {steps!r} is not allowed: give a whole number of at least 1")
-        after = None if self.transformed is None else _run(self.transformed.totals, steps)
-        return RunCost(steps, _run(self.baseline.totals, steps), after)
+        count = nominal_steps(steps, epochs, dataset_size, self.batch_size)
+        after = None if self.transformed is None else RunTotals.of(self.transformed.totals, count)
+        return RunCost(count, RunTotals.of(self.baseline.totals, count), after)
+
+    def with_run(
+        self, steps: int | None = None, *, epochs: int | None = None, dataset_size: int | None = None
+    ) -> CostReport:
+        """Return this report with a whole run in it, which every format then shows; arguments as for ``for_run``."""
+        return replace(self, run=self.for_run(steps, epochs=epochs, dataset_size=dataset_size))
 
     def __rich__(self) -> Group:
-        from e2pass import report_formats
+        from e2pass.report.text import render
 
-        return report_formats.render(self)
+        return render(self)
 
     def table(self, width: int = 120) -> str:
         """Return the report as text tables, ``width`` characters wide."""
-        from e2pass import report_formats
+        from e2pass.report.text import render, to_text
 
-        return report_formats.to_text(self, width)
+        return to_text(render(self), width)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the whole report as JSON (with a schema version), and write it to ``path`` if given."""
-        from e2pass import report_formats
+        from e2pass.report.document import to_json
 
-        return report_formats.save(report_formats.to_json(self), path)
+        return save(to_json(self), path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one line for each operation as CSV, unpriced ones included, and write it to ``path`` if given."""
-        from e2pass import report_formats
+        from e2pass.report.lines import to_csv
 
-        return report_formats.save(report_formats.to_csv(self), path)
+        return save(to_csv(self), path)
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the summary as Markdown, and write it to ``path`` if given."""
-        from e2pass import report_formats
+        from e2pass.report.markdown import to_markdown
 
-        return report_formats.save(report_formats.to_markdown(self), path)
+        return save(to_markdown(self), path)
+
+    def to_latex(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the summary as LaTeX tables (for ``booktabs``), and write it to ``path`` if given."""
+        from e2pass.report.latex import to_latex
+
+        return save(to_latex(self), path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> CostReport:
@@ -195,17 +169,15 @@ class CostReport:
         Raises:
             InputError: If it is no report of this schema version.
         """
-        from e2pass import report_formats
+        from e2pass.report.document import from_json
 
-        text = (
-            source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
-        )
-        return report_formats.from_json(text)
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return from_json(source)
+        try:
+            return from_json(Path(source).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"no cost report can be read from {source}: {error}") from None
 
 
 def _saved(before: float, after: float) -> float | None:
     return None if before == 0 else 1 - after / before
-
-
-def _run(step: Totals, steps: int) -> RunTotals:
-    return RunTotals(step.energy_j * steps, step.time_s * steps, step.macs * steps, step.dram_bytes * steps)

@@ -1,0 +1,56 @@
+"""A headless Chromium for the tests of HTML pages; they are skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1300,900")
+
+
+class Browser:
+    """One window, and what the tests ask of it."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, file: Path) -> None:
+        """Open a page from disk."""
+        self.driver.get(file.resolve().as_uri())
+
+    def run(self, script: str, *args: object) -> Any:
+        """Return what a script returns."""
+        return self.driver.execute_script(script, *args)
+
+    def find(self, selector: str) -> Any:
+        """The first element of a CSS selector."""
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        """Every element of a CSS selector."""
+        return list(self.driver.find_elements("css selector", selector))
+
+    def console(self) -> list[str]:
+        """Warnings and errors since the last call; reading empties it."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser for the whole session."""
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no browser: install chromium and chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no browser driver: install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield Browser(driver)
+    driver.quit()
