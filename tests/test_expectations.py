@@ -148,8 +148,8 @@ def test_a_technique_alone_costs_what_transforming_with_it_alone_does(whole: Tra
     assert slu.baseline.energy_j == pytest.approx(whole.report().baseline.energy_j, rel=1e-9)
     psg = e2pass.analyze(net, x, config="psg")
     assert psg.transformed is not None
-    # Regions end at gates, and a value that two regions read is quantized in each: a small price, not a saving.
-    assert 1.0 <= alone[("bits", "psg")] / psg.transformed.energy_j < 1.15
+    # Without gates there is one region, and a few values are quantized or kept as codes in other places.
+    assert alone[("bits", "psg")] == pytest.approx(psg.transformed.energy_j, rel=0.05)
 
 
 @settings(max_examples=15, deadline=None)
