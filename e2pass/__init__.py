@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from e2pass import models as models
+    from e2pass import optim as optim
     from e2pass.api import analyze as analyze
     from e2pass.api import transform as transform
+    from e2pass.averaging import update_bn as update_bn
     from e2pass.config import PRESETS as PRESETS
     from e2pass.config import PSG as PSG
     from e2pass.config import SLU as SLU
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     from e2pass.graph_diff import diff as diff
     from e2pass.rates import PredictorHardware as PredictorHardware
     from e2pass.report import compare as compare
+    from e2pass.torch_backend import psg_backend as psg_backend
 
 __version__ = "0.1.0.dev0"
 
-_MODULES = ("models",)
+_MODULES = ("models", "optim")
 _HOME = {
     "Bits": "e2pass.config",
     "Config": "e2pass.config",
@@ -39,7 +42,9 @@ _HOME = {
     "analyze": "e2pass.api",
     "diff": "e2pass.graph_diff",
     "compare": "e2pass.report",
+    "psg_backend": "e2pass.torch_backend",
     "transform": "e2pass.api",
+    "update_bn": "e2pass.averaging",
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from e2pass.backends.fpga.model import FpgaCostModel
 from e2pass.backends.graph import GraphWriters
 from e2pass.capture import capture
+from e2pass.compiler import require_compiler
 from e2pass.config import Config, resolve
 from e2pass.cost import CostModel
 from e2pass.diagnostics import Diagnostics, Severity
@@ -76,6 +77,8 @@ def transform(
         StrictError: With ``strict``, naming everything that could not be transformed.
     """
     settings = resolve(config)
+    if settings.compile:
+        require_compiler()
     cost_model = _cost_model(board)
     program = _program(model, example_inputs, settings, inplace)
     program.loader = loader
@@ -167,7 +170,7 @@ def assemble(program: Program) -> E2Module:
     """The module that executes a program; at the least blocks must have been found and regions outlined."""
     config = program.config
     opaque = {r.name for r in program.plans["train"].regions} - program.lowered.keys()
-    cache = LoweringCache(program.rewrites, opaque) if config.bits is not None else None
+    cache = LoweringCache(program.rewrites, opaque, compile=config.compile) if config.bits is not None else None
     executable = Executable(
         capture=program.capture,
         plans=program.plans,

@@ -127,12 +127,14 @@ class Config(_Section):
     """What ``transform`` applies; None turns a technique off.
 
     ``Config()`` is the preset ``e2train``. PSG needs quantized operands, so ``psg`` without ``bits`` is an error.
+    ``compile=True`` runs what is lowered through torch's inductor, which needs a C++ compiler.
     """
 
     smd: SMD | None = SMD()
     slu: SLU | None = SLU()
     psg: PSG | None = PSG()
     bits: Bits | None = Bits()
+    compile: bool = False
 
     @model_validator(mode="after")
     def _psg_needs_bits(self) -> Config:

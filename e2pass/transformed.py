@@ -77,18 +77,22 @@ class Transformed:
             weight_decay: Of its weights; norms, biases and gates have none.
 
         Returns:
-            Groups ``weights`` (two dimensions or more), ``norms and biases`` and ``gates``.
+            Groups ``weights`` (two dimensions or more), ``norms and biases`` and ``gates``; only the first has
+            ``sign=True``, which ``e2pass.optim.SignSGD`` reads and torch's optimizers ignore.
         """
         if lr <= 0:
             raise ConfigError(f"lr = {lr!r} is not allowed; a learning rate is positive")
         gates = {id(p) for p in self._slu.parameters()} if self._slu is not None else set()
         own = [p for p in self.model.parameters() if id(p) not in gates]
-        groups: list[dict[str, Any]] = [
-            {"name": "weights", "params": [p for p in own if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-            {"name": "norms and biases", "params": [p for p in own if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        ]
+        weights, vectors = [p for p in own if p.dim() > 1], [p for p in own if p.dim() <= 1]
+        chosen: list[tuple[str, list[nn.Parameter], float]] = [("weights", weights, weight_decay)]
+        chosen.append(("norms and biases", vectors, 0.0))
         if self._slu is not None:
-            groups.append({"name": "gates", "params": list(self._slu.parameters()), "lr": lr, "weight_decay": 0.0})
+            chosen.append(("gates", list(self._slu.parameters()), 0.0))
+        groups: list[dict[str, Any]] = [
+            {"name": name, "params": params, "lr": lr, "weight_decay": decay, "sign": name == "weights"}
+            for name, params, decay in chosen
+        ]
         return [g for g in groups if g["params"]]
 
     def report(self, rates: str = "assumed", *, hardware: PredictorHardware = STANDARD) -> CostReport:

@@ -8,6 +8,8 @@ A tensor with a NaN or an infinity has the scale NaN, so all it decodes to is Na
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,9 +54,14 @@ def quantize_stochastic(x: Tensor, bits: int, axis: int | None, step: Tensor, st
         As ``quantize``.
     """
     scale = _scale(x, bits, axis)
+    noise = torch.ops.e2pass.uniform(x, step, stream)
+    return _encode((noise + x / scale).floor_(), bits, saturate=True), scale
+
+
+def uniform(x: Tensor, step: Tensor, stream: int) -> Tensor:
+    """Random numbers from 0 to 1 of the shape of ``x``, from a generator seeded with ``step`` and ``stream``."""
     generator = torch.Generator(x.device).manual_seed((int(step) * 0x9E3779B1 + stream) % 2**63)
-    noise = torch.empty_like(x).uniform_(generator=generator)
-    return _encode(noise.add_(x / scale).floor_(), bits, saturate=True), scale
+    return torch.empty_like(x).uniform_(generator=generator)
 
 
 def quantize_running(x: Tensor, bits: int, running: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,13 +194,19 @@ def _empty_codes(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor,
     return torch.empty_like(x, dtype=code_dtype(bits)), x.new_empty(shape)
 
 
-def _define(schema: str, kernel: object, fake: object) -> None:
+KERNELS: dict[Callable[..., object], Callable[..., object]] = {}
+"""The Python function of each operator, for a compiler that wants to see into it."""
+
+
+def _define(schema: str, kernel: Callable[..., object], fake: object) -> None:
     name = schema.split("(", maxsplit=1)[0]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"e2pass::{name}", fake, lib=_LIB)  # type: ignore[arg-type]
+    KERNELS[getattr(torch.ops.e2pass, name).default] = kernel
 
 
+_define("uniform(Tensor x, Tensor step, int stream) -> Tensor", uniform, lambda x, step, stream: torch.empty_like(x))
 _define("quantize(Tensor x, int bits, int? axis=None) -> (Tensor, Tensor)", quantize, _empty_codes)
 _define(
     "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream) -> (Tensor, Tensor)",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from e2pass.errors import E2PassError
 from e2pass.lowering import Halves, Joint, partition
+from e2pass.runtime import ops
 
 CountSink = Callable[[str, Tensor], None]
 
@@ -22,9 +23,13 @@ class CompiledRegion:
         halves: Its partition.
     """
 
-    def __init__(self, joint: Joint) -> None:
+    def __init__(self, joint: Joint, *, compile: bool = False) -> None:
         self.joint = joint
         self.halves: Halves = partition(joint)
+        run = _through_inductor if compile else _as_it_is
+        self.forward, self.inference, self.backward = map(
+            run, (self.halves.forward, self.halves.inference, self.halves.backward)
+        )
         positions = {key: i for i, key in enumerate(self.halves.forward_inputs)}
         shadows = [key for kind, key in self.halves.backward_outputs if kind == "predicted"]
         self.shadows = [("param", key) for key in shadows]
@@ -57,7 +62,7 @@ class CompiledRegion:
             n = len(self._values)
             return list(results[:n]), list(results[n:])
         with torch.no_grad():
-            results = self.halves.inference(*tensors)
+            results = self.inference(*tensors)
         return [results[i] for i in self._values], [results[i] for i in self._side]
 
 
@@ -67,7 +72,7 @@ class _Region(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, region: CompiledRegion, on_counts: CountSink, n: int, *tensors: Tensor) -> Any:
         halves = region.halves
-        results = halves.forward(*tensors[:n])
+        results = region.forward(*tensors[:n])
         n_out = len(halves.forward_outputs)
         saved = results[n_out:]
         ctx.save_for_backward(*saved[: halves.saved_tensors])
@@ -90,7 +95,7 @@ class _Region(torch.autograd.Function):
         tangents = [
             _in_traced_layout(grads[i], spec) for i, spec in zip(halves.tangents, halves.tangent_specs, strict=True)
         ]
-        results = halves.backward(*saved, *ctx.ints, *tangents)
+        results = region.backward(*saved, *ctx.ints, *tangents)
         out: list[Tensor | None] = [None] * region._n_inputs
         for index, (kind, key) in enumerate(halves.backward_outputs):
             if kind == "counts":
@@ -98,6 +103,20 @@ class _Region(torch.autograd.Function):
             else:
                 out[region._grad_slot[index]] = results[index]
         return (None, None, None, *out)
+
+
+def _as_it_is(half: fx.GraphModule) -> Callable[..., Any]:
+    return half
+
+
+def _through_inductor(half: fx.GraphModule) -> Callable[..., Any]:
+    """Compile a half; the own operators become their kernels' code, which inductor fuses with what is around it."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(half.graph, {}))
+    for node in graph.find_nodes(op="call_function"):
+        node.target = ops.KERNELS.get(node.target, node.target)
+    compiled: Callable[..., Any] = torch.compile(fx.GraphModule(half, graph), dynamic=True, fullgraph=True)
+    return compiled
 
 
 def _in_traced_layout(grad: Tensor, spec: Tensor) -> Tensor:

@@ -31,9 +31,22 @@ class LoweringCache:
     batch size that violates one gets a graph of its own.
     """
 
-    def __init__(self, rewrites: Sequence[Callable[[Joint, bool], None]], opaque: Collection[str] = ()) -> None:
-        """Keep the ``rewrites`` of every lowering; ``opaque`` regions could not be lowered, as diagnostics say."""
+    def __init__(
+        self,
+        rewrites: Sequence[Callable[[Joint, bool], None]],
+        opaque: Collection[str] = (),
+        *,
+        compile: bool = False,
+    ) -> None:
+        """Keep what every lowering goes through.
+
+        Args:
+            rewrites: Applied to each joint graph, in order.
+            opaque: Regions that could not be lowered, as diagnostics say.
+            compile: Compile both halves of each graph with inductor.
+        """
         self.rewrites = tuple(rewrites)
+        self.compile = compile
         self.entries: dict[tuple[Any, ...], list[CompiledRegion]] = {}
         self.failed = set(opaque)
         self.contiguous: set[str] = set()
@@ -50,7 +63,7 @@ class LoweringCache:
         joint = make()
         for rewrite in self.rewrites:
             rewrite(joint, frozen)
-        compiled.append(CompiledRegion(joint))
+        compiled.append(CompiledRegion(joint, compile=self.compile))
         return compiled[-1]
 
 
@@ -69,6 +82,8 @@ class RegionRunner:
         region: What to run.
         owner: Module whose parameters and buffers it uses.
         cache: Compiled forms; None runs the region as plain autograd.
+        statistics: Running statistics that training updates, each with the momentum of its norm.
+        share: The share of the samples in the last call.
     """
 
     def __init__(self, region: Region, owner: nn.Module, cache: LoweringCache | None) -> None:
@@ -80,7 +95,8 @@ class RegionRunner:
         self.norms = [m for m in self.modules if isinstance(m, _NORMS)]
         self.convolves = _convolves_images(region.graph, self.modules)
         self.parameters = [_slot(owner, name) for name in region_parameters(region, owner)]
-        self.statistics = [*self._module_statistics(modules), *self._functional_statistics()]
+        self.statistics = {**dict(self._module_statistics(modules)), **dict(self._functional_statistics())}
+        self.share = 0.0
 
     def __call__(
         self,
@@ -105,6 +121,7 @@ class RegionRunner:
             on_scales: Receives the scales of this execution's activation quantizers.
             precise: Run as plain autograd this time.
         """
+        self.share = share
         frozen = self.region.needs_two and batch < 2
         graph = self.frozen if frozen and self.frozen is not None else self.eager
         with self._norms_in_evaluation(frozen):
@@ -145,18 +162,19 @@ class RegionRunner:
                 graph.erase_node(node)
         return bind_module(graph, self.owner)
 
-    def _module_statistics(self, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    def _module_statistics(self, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, float]]:
         for path, root in modules.items():
             for name, module in root.named_modules(prefix=path):
                 if isinstance(module, _NORMS) and module.running_mean is not None:
-                    yield f"{name}.running_mean"
-                    yield f"{name}.running_var"
+                    momentum = 1.0 if module.momentum is None else module.momentum
+                    yield f"{name}.running_mean", momentum
+                    yield f"{name}.running_var", momentum
 
-    def _functional_statistics(self) -> Iterator[str]:
+    def _functional_statistics(self) -> Iterator[tuple[str, float]]:
         for node in _training_norms(self.region.graph):
             for argument in node.args[3:5]:
                 if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                    yield str(argument.target)
+                    yield str(argument.target), float(node.args[6])  # type: ignore[arg-type]
 
     def _run_eager(self, graph: fx.GraphModule, inputs: Sequence[Tensor], share: float) -> tuple[Tensor, ...]:
         if share == 1.0 or not self.owner.training:
