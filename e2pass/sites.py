@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
 from e2pass.dump import target_name
 from e2pass.lowering.joint import Joint
-from e2pass.lowering.partition import BACKWARD_KINDS, ancestors, claim_results
+from e2pass.lowering.partition import forward_half
 from e2pass.lowering.products import gradient_dependent, weight_gradients
 from e2pass.training_graph import GraphNode
 
@@ -52,9 +53,8 @@ class _Converter:
     def __init__(self, joint: Joint, place: Place, batch: int) -> None:
         self.joint, self.place, self.batch = joint, place, batch
         self.backward = gradient_dependent(joint)
-        ahead = [v for (k, _), v in zip(joint.outputs, joint.output_nodes(), strict=True) if k not in BACKWARD_KINDS]
-        self.forward = ancestors(ahead)
-        claim_results(joint.graph, self.forward)
+        self.forward = forward_half(joint)
+        self.saved = saved_activations(joint, self.forward)
         self.dw: dict[fx.Node, str] = {}
         for gradient in weight_gradients(joint):
             for node in gradient.products:
@@ -88,7 +88,7 @@ class _Converter:
         site = OpSite(
             name=f"{place.region}/{node.name}",
             op=target_name(node),
-            args=tuple(self._value(a) for a in node.args),
+            args=tuple(self._value(a, node not in self.forward) for a in node.args),
             kwargs={k: self._value(v) for k, v in node.kwargs.items() if isinstance(v, int | float | bool)},
             outputs=tuple(self._outputs(node)),
             region=place.region,
@@ -126,26 +126,30 @@ class _Converter:
         value = node.meta.get("val")
         if not isinstance(value, tuple | list):
             if isinstance(value, Tensor):
-                yield self._spec(value, node.meta.get("e2_bits"))
+                yield self._spec(value, node.meta.get("e2_bits"), self._kept(node))
             return
-        widths = {u.args[1]: u.meta.get("e2_bits") for u in node.users if len(u.args) == 2}
+        results = {u.args[1]: u for u in node.users if len(u.args) == 2}
         for i, leaf in enumerate(value):
             if isinstance(leaf, Tensor):
-                yield self._spec(leaf, widths.get(i))
+                width = results[i].meta.get("e2_bits") if i in results else None
+                yield self._spec(leaf, width, i in results and self._kept(results[i]))
 
-    def _value(self, value: Any) -> Any:
+    def _kept(self, node: fx.Node) -> bool:
+        return node in self.forward and node in self.saved
+
+    def _value(self, value: Any, in_backward: bool = False) -> Any:
         if isinstance(value, fx.Node):
             held = value.meta.get("val")
             if isinstance(held, Tensor):
-                return self._spec(held, value.meta.get("e2_bits"))
+                return self._spec(held, value.meta.get("e2_bits"), in_backward and value in self.saved)
             return self._size(held) if isinstance(held, torch.SymInt) else None
         if isinstance(value, list | tuple):
-            return tuple(self._value(v) for v in value)
+            return tuple(self._value(v, in_backward) for v in value)
         return value if isinstance(value, int | float | bool) or value is None else str(value)
 
-    def _spec(self, tensor: Tensor, bits: int | None) -> TensorSpec:
+    def _spec(self, tensor: Tensor, bits: int | None, saved: bool = False) -> TensorSpec:
         shape = tuple(self._size(s) for s in tensor.shape)
-        return TensorSpec(shape, bits if bits is not None else tensor.dtype.itemsize * 8)
+        return TensorSpec(shape, bits if bits is not None else tensor.dtype.itemsize * 8, saved)
 
     def _size(self, size: Any) -> int:
         if isinstance(size, int):
@@ -157,3 +161,36 @@ class _Converter:
 
 def _product(node: fx.Node) -> fx.Node:
     return node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node  # type: ignore[return-value]
+
+
+def saved_activations(joint: Joint, forward: set[fx.Node]) -> set[fx.Node]:
+    """Activations that the forward half leaves to the backward half, and what the backward half sees of them.
+
+    An activation depends on an input of the region: codes of weights, which are saved as well, are none. Views and
+    decoded codes are the same bytes, so those that the backward half takes of a saved activation belong to it, and
+    what the forward half took a view of does.
+    """
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    active = {n for n, (kind, _) in zip(placeholders, joint.inputs, strict=True) if kind == "input"}
+    for node in joint.graph.nodes:
+        if node in forward and active.intersection(node.all_input_nodes):
+            active.add(node)
+    saved: set[fx.Node] = set()
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and node not in forward:
+            left = {n for n in node.all_input_nodes if n in active}
+            saved |= left
+            if _same_bytes(node) and (left or saved.intersection(node.all_input_nodes)):
+                saved.add(node)
+    for node in reversed(joint.graph.nodes):
+        if node in saved and node in forward and _same_bytes(node):
+            saved.update(n for n in node.all_input_nodes if n in active)
+    return saved
+
+
+def _same_bytes(node: fx.Node) -> bool:
+    """Whether a node moves nothing: a view, one of several results, or the decoding of codes, which the array reads."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return schema.name == "e2pass::dequantize" or any(r.alias_info for r in schema.returns)

@@ -30,6 +30,8 @@ class CostRow:
         energy_j: Joules by where they are spent: ``compute``, each memory level, ``static``.
         traffic_bytes: Bytes by memory level.
         formula: How it was priced.
+        saved_write_bytes: Off-chip bytes, part of ``traffic_bytes``, written of activations that backward reads.
+        saved_read_bytes: Likewise read by backward of activations that forward saved.
     """
 
     name: str
@@ -46,6 +48,8 @@ class CostRow:
     energy_j: Mapping[str, float]
     traffic_bytes: Mapping[str, float]
     formula: str
+    saved_write_bytes: float = 0.0
+    saved_read_bytes: float = 0.0
 
     @property
     def total_j(self) -> float:
@@ -165,6 +169,15 @@ class StepCost:
         """Bytes that cross the edge of the chip."""
         return self.totals.dram_bytes
 
+    @property
+    def saved_bytes(self) -> tuple[float, float]:
+        """Off-chip bytes written of activations that the backward half reads, and read of them there.
+
+        Both are part of ``dram_bytes``. More is read than written where tensors do not fit on the chip, or where a
+        region's backward half reads what another region wrote.
+        """
+        return sum(row.saved_write_bytes for row in self.rows), sum(row.saved_read_bytes for row in self.rows)
+
     def by_phase(self) -> dict[str, Totals]:
         """Return totals by phase, in the order of the step."""
         found = self._by(lambda row: row.phase.value)
@@ -257,6 +270,8 @@ def _row(site: OpSite, cost: OpCost) -> CostRow:
         energy_j={level: joules * p for level, joules in cost.energy_j.items()},
         traffic_bytes={level: moved * p for level, moved in cost.traffic_bytes.items()},
         formula=cost.formula,
+        saved_write_bytes=cost.saved_write_bytes * p,
+        saved_read_bytes=cost.saved_read_bytes * p,
     )
 
 

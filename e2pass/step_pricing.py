@@ -21,7 +21,7 @@ from e2pass.training_graph import GraphNode
 from e2pass.variant import Variant
 
 Array = NDArray[np.float64]
-FIXED = 3  # columns before those of the levels: MACs, element-wise operations, seconds
+FIXED = 5  # columns before those of the levels: MACs, element-wise operations, seconds, saved bytes both ways
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class PricedNodes:
     def _columns(self, costs: Sequence[OpCost]) -> Array:
         rows = [
             [
-                cost.macs, cost.alu_ops, cost.time_s,
+                cost.macs, cost.alu_ops, cost.time_s, cost.saved_write_bytes, cost.saved_read_bytes,
                 *(cost.energy_j.get(k, 0.0) for k in self.energy),
                 *(cost.traffic_bytes.get(k, 0.0) for k in self.traffic),
             ]
@@ -189,7 +189,7 @@ class PricedNodes:
         return np.array(rows).reshape(len(costs), FIXED + len(self.energy) + len(self.traffic))
 
     def _row(self, node: GraphNode, cost: OpCost, figures: list[float], probability: float) -> CostRow:
-        macs, alu_ops, time_s, *levels = figures
+        macs, alu_ops, time_s, saved_write_bytes, saved_read_bytes, *levels = figures
         cut = len(self.energy)
         return CostRow(
             **placed(node.site),
@@ -200,6 +200,8 @@ class PricedNodes:
             energy_j={k: v for k, v in zip(self.energy, levels[:cut], strict=True) if k in cost.energy_j},
             traffic_bytes={k: v for k, v in zip(self.traffic, levels[cut:], strict=True) if k in cost.traffic_bytes},
             formula=cost.formula,
+            saved_write_bytes=saved_write_bytes,
+            saved_read_bytes=saved_read_bytes,
         )
 
     def _sums(self, figures: Array, groups: _Groups, present: NDArray[np.bool_]) -> dict[str, Totals]:

@@ -232,8 +232,8 @@ def _bytes(nest: Nest, moved: Mapping[Name, Grid], accumulator_bits: int) -> Gri
     total: Any = 0.0
     for name, amount in moved.items():
         if name == nest.writes:
-            final = nest.elements(name)
-            total = total + (final * nest.bits(name) + 2 * np.maximum(amount - final, 0) * accumulator_bits) / 8
+            again = np.maximum(amount - nest.touched(name), 0)
+            total = total + (nest.elements(name) * nest.bits(name) + 2 * again * accumulator_bits) / 8
         else:
             total = total + amount * nest.bits(name) / 8
     return np.asarray(total, dtype=np.float64)

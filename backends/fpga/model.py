@@ -32,6 +32,7 @@ ASSUMPTIONS: Mapping[str, str] = {
     "forward convolution did, so that strides waste nothing",
     "widths": "operands of 32 bits are fp32, narrower ones integer codes; a pair that the board does not list costs "
     "what the next wider one does",
+    "elements": "traffic is counted in elements, not in bursts: a strided convolution fetches the inputs that it uses",
     "padding": "multiplications with padding zeros are counted, as in FlopCounterMode",
 }
 

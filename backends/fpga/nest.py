@@ -40,28 +40,40 @@ class Window:
         return self.kernel == 1 and self.stride == 1 and self.out == self.size
 
     def reach(self, tile: int, taps: int) -> int:
-        """Input positions that ``tile`` outputs and ``taps`` taps meet."""
-        return min(self.size, (tile - 1) * self.stride + (taps - 1) * self.dilation + 1)
+        """Most input positions that ``tile`` neighbouring outputs and ``taps`` taps meet."""
+        span = (tile - 1) * self.stride + (taps - 1) * self.dilation + 1
+        return min(self.size, span, tile * taps)
 
     def moved(self, tile: int, taps: int) -> int:
         """Input positions fetched when outputs and taps are cut into tiles: overlaps count each time.
 
-        Positions that no output meets are fetched once with the rest: a tensor is read in whole rows.
+        Positions that no output meets are not fetched.
         """
         return _moved(self, tile, taps)
+
+    @property
+    def touched(self) -> int:
+        """Input positions that any output meets."""
+        return _moved(self, self.out, self.kernel)
 
 
 @lru_cache(maxsize=65536)
 def _moved(window: Window, tile: int, taps: int) -> int:
-    total = 0
-    for tap in range(0, window.kernel, taps):
-        last_tap = min(tap + taps, window.kernel) - 1
-        for first in range(0, window.out, tile):
-            last = min(first + tile, window.out) - 1
-            low = first * window.stride + tap * window.dilation - window.padding
-            high = last * window.stride + last_tap * window.dilation - window.padding
-            total += max(0, min(high, window.size - 1) - max(low, 0) + 1)
-    return max(total, window.size)
+    outs = range(window.out)
+    reaches = [range(f, min(f + taps, window.kernel)) for f in range(0, window.kernel, taps)]
+    # Without gaps between neighbours the positions of a tile are an interval, which need not be listed.
+    dense = window.dilation == 1 and window.stride <= min(len(reach) for reach in reaches)
+    return sum(_met(window, outs[o : o + tile], reach, dense) for reach in reaches for o in range(0, window.out, tile))
+
+
+def _met(window: Window, outs: range, taps: range, dense: bool) -> int:
+    low, high = (
+        o * window.stride + f * window.dilation - window.padding for o, f in ((outs[0], taps[0]), (outs[-1], taps[-1]))
+    )
+    if dense:
+        return max(0, min(high, window.size - 1) - max(low, 0) + 1)
+    met = {o * window.stride + f * window.dilation - window.padding for o in outs for f in taps}
+    return sum(0 <= position < window.size for position in met)
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,12 @@ class Nest:
             return self.b * self.c * self.g * math.prod(v.size for v in self.windows)
         return self.g * self.k * (self.c * self.taps if name == "w" else self.b * self.positions)
 
+    def touched(self, name: Name) -> int:
+        """Elements of one of the tensors that some MAC uses; strides may leave elements of ``x`` out."""
+        if name == "x":
+            return self.b * self.c * self.g * math.prod(v.touched for v in self.windows)
+        return self.elements(name)
+
     def bits(self, name: Name) -> int:
         """Width of an element of one of the tensors in off-chip memory."""
         return {"x": self.x_bits, "w": self.w_bits, "y": self.y_bits}[name]
@@ -126,8 +144,9 @@ class Nest:
 
     @cached_property
     def compulsory_bytes(self) -> float:
-        """Each tensor once: no mapping moves less."""
-        return sum(self.elements(name) * self.bits(name) / 8 for name in (*self.reads, self.writes))
+        """Each element that is used once, and the whole result: no mapping moves less."""
+        read = sum(self.touched(name) * self.bits(name) / 8 for name in self.reads)
+        return read + self.elements(self.writes) * self.bits(self.writes) / 8
 
     @cached_property
     def parallel(self) -> tuple[int, int]:

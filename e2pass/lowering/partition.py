@@ -57,9 +57,7 @@ def partition(joint: Joint) -> Halves:
     values = joint.output_nodes()
     ahead = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] not in BACKWARD_KINDS]
     back = [(k, v) for k, v in zip(joint.outputs, values, strict=True) if k[0] in BACKWARD_KINDS]
-    forward_nodes = ancestors([v for _, v in ahead])
-    forward_nodes |= ancestors([n for n in joint.graph.nodes if n.meta.get("e2_half") == FORWARD], stop=forward_nodes)
-    claim_results(joint.graph, forward_nodes)
+    forward_nodes = forward_half(joint)
     tangents = [(n, key) for n, (kind, key) in zip(placeholders, joint.inputs, strict=True) if kind == "tangent"]
     tangent_nodes = {n for n, _ in tangents}
     backward_nodes = ancestors([v for _, v in back], stop=forward_nodes | set(placeholders)) - set(placeholders)
@@ -88,6 +86,15 @@ def partition(joint: Joint) -> Halves:
         tangent_specs=[n.meta["val"] for n, _ in tangents],
         backward_outputs=[k for k, _ in back],
     )
+
+
+def forward_half(joint: Joint) -> set[fx.Node]:
+    """The nodes that forward runs, and the placeholders they read."""
+    pairs = zip(joint.outputs, joint.output_nodes(), strict=True)
+    found = ancestors([value for (kind, _), value in pairs if kind not in BACKWARD_KINDS])
+    found |= ancestors([n for n in joint.graph.nodes if n.meta.get("e2_half") == FORWARD], stop=found)
+    claim_results(joint.graph, found)
+    return found
 
 
 def ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Node]:

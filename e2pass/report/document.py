@@ -78,6 +78,7 @@ def _step_to_json(step: StepCost) -> dict[str, Any]:
         "by_technique": {k: asdict(v) for k, v in step.by_technique().items()},
         "energy_j_by_level": step.by_level(),
         "bytes_by_level": step.traffic_by_level(),
+        "saved_activation_bytes": dict(zip(("written", "read"), step.saved_bytes, strict=True)),
         "by_layer": {k: asdict(v) for k, v in step.by_layer().items()},
         "by_block": {k: asdict(v) for k, v in step.by_block().items()},
         "by_phase_and_technique": [asdict(cell) for cell in pivot(step, "phase", "technique")],

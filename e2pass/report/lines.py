@@ -22,7 +22,9 @@ def to_csv(report: CostReport) -> str:
     levels = _levels(report)
     fixed = ["basis", "status", "step", "name", "op", "region", "layer", "block", "phase", "technique", "probability"]
     figures = ["macs", "alu_ops", "time_s", "energy_j"]
-    columns = [*fixed, *figures, *(f"energy_{k}_j" for k in levels[0]), *(f"{k}_bytes" for k in levels[1]), "note"]
+    saved = ["saved_write_bytes", "saved_read_bytes"]
+    by_level = [*(f"energy_{k}_j" for k in levels[0]), *(f"{k}_bytes" for k in levels[1])]
+    columns = [*fixed, *figures, *by_level, *saved, "note"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()

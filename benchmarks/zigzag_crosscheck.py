@@ -1,0 +1,318 @@
+"""The mapper beside ZigZag on the same board, over the convolutions of ResNet-20 and -18: writes ``docs/zigzag.md``.
+
+    pip install 'e2pass[crosscheck]'
+    python benchmarks/zigzag_crosscheck.py            # goes on where it was stopped; state in out/zigzag.jsonl
+    python benchmarks/zigzag_crosscheck.py --only ResNet-20 --effort 3
+
+ZigZag (MIT, KU Leuven) searches loop orders and tile sizes. Both tools get the same loop nests (forward, dX and dW) and
+memories and the same spread over the array, and are asked for least energy. Compared are MACs, off-chip bytes, and
+the energy of all memories above the registers. ZigZag cannot express the input gradient of a strided convolution, whose
+output would be the sliding operand: both get it as the dense convolutions of its sub-grids (one for each offset within
+the stride), which take the same MACs in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from e2pass.backends.fpga import FpgaCostModel
+from e2pass.backends.fpga.board import Board
+from e2pass.backends.fpga.mapper import Mapped, map_nest
+from e2pass.backends.fpga.nest import Name, Nest, Window
+
+HERE = Path(__file__).resolve().parent
+STATE = HERE.parent / "out" / "zigzag.jsonl"
+TABLE = HERE.parent / "docs" / "zigzag.md"
+BATCH = 12
+"""Fills the 12 columns of the ZedBoard's array: ZigZag unrolls whole loops only."""
+BITS: dict[Name, tuple[int, int, int]] = {"y": (8, 8, 32), "x": (32, 8, 16), "w": (8, 32, 16)}
+"""Widths of x, w and y by the tensor written: 8-bit activations and weights, 16-bit gradients, results of 32 bits."""
+PHASES: dict[Name, str] = {"y": "forward", "x": "dX", "w": "dW"}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A square convolution of a network: channels, output size, kernel, stride, and how often it occurs."""
+
+    name: str
+    c: int
+    k: int
+    out: int
+    kernel: int = 3
+    stride: int = 1
+    first: bool = False
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+
+def resnet20() -> list[Conv]:
+    found = [Conv("conv", 3, 16, 32, first=True)] + [Conv("stage1", 16, 16, 32)] * 6
+    for stage, (c, k, out) in enumerate([(16, 32, 16), (32, 64, 8)], 2):
+        found += [Conv(f"stage{stage} down", c, k, out, 3, 2), Conv(f"stage{stage} 1x1", c, k, out, 1, 2)]
+        found += [Conv(f"stage{stage}", k, k, out)] * 5
+    return found
+
+
+def resnet18() -> list[Conv]:
+    found = [Conv("conv1", 3, 64, 112, 7, 2, True)] + [Conv("layer1", 64, 64, 56)] * 4
+    for stage, (c, k, out) in enumerate([(64, 128, 28), (128, 256, 14), (256, 512, 7)], 2):
+        found += [Conv(f"layer{stage} down", c, k, out, 3, 2), Conv(f"layer{stage} 1x1", c, k, out, 1, 2)]
+        found += [Conv(f"layer{stage}", k, k, out)] * 3
+    return found
+
+
+NETWORKS = {"ResNet-20": resnet20, "ResNet-18": resnet18}
+
+
+def nests(conv: Conv, writes: Name) -> list[Nest]:
+    """The nests of a phase; more than one for the input gradient of a strided convolution."""
+    x, w, y = BITS[writes]
+    if writes != "x":
+        window = Window(conv.out, conv.kernel, conv.stride, 1, conv.padding, conv.out * conv.stride)
+        return [Nest(BATCH, conv.k, conv.c, (window, window), 1, writes, x, w, y)]
+    # gX at offset (i, j) within the stride is a dense convolution of gY with the taps that reach it.
+    taps = [len([f for f in range(conv.kernel) if (f - conv.padding) % conv.stride == i]) for i in range(conv.stride)]
+    found = []
+    for rows, columns in product(taps, taps):
+        if rows and columns:
+            windows = tuple(Window(conv.out, t, 1, 1, t // 2, conv.out) for t in (rows, columns))
+            found.append(Nest(BATCH, conv.c, conv.k, windows, 1, "y", y, w, x))
+    return found
+
+
+# -- ours ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """What one tool says about one phase of one convolution; the energy is that of the memories."""
+
+    macs: float = 0.0
+    off_chip_bytes: float = 0.0
+    memory_pj: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, other: Result) -> Result:
+        return Result(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+def ours(model: FpgaCostModel, nest: Nest) -> tuple[Result, Mapped]:
+    rate = model.board.mac(*(nest.bits(n) for n in nest.reads))
+    assert rate is not None
+    map_nest.cache_clear()
+    started = time.perf_counter()
+    mapped = map_nest(
+        nest, model._levels, model._shape, rate.macs_per_cycle, model._goal._replace(fixed_pj_per_cycle=0.0)
+    )
+    seconds = time.perf_counter() - started
+    assert mapped is not None
+    energy = {level.name: level.pj_per_byte for level in model._levels}
+    moved = {level: sum(parts.values()) for level, parts in mapped.traffic_bytes.items()}
+    memory_pj = sum(moved[level] * energy[level] for level in moved)
+    return Result(nest.macs, moved[model.dram], memory_pj, seconds), mapped
+
+
+# -- ZigZag --------------------------------------------------------------------------------------------------------
+
+
+def accelerator(board: Board, mac_pj: float) -> dict[str, Any]:
+    """The board as ZigZag describes one: an accumulator in every element, then the memories of the board."""
+    rows, columns = int(board.array.rows_pe.value), int(board.array.columns_pe.value)
+    width = int(board.array.accumulator_bits.value)
+    both = {"bandwidth_min": width, "bandwidth_max": width}
+    memories: dict[str, Any] = {
+        "accumulator": {
+            "size": width, "r_cost": 0.0, "w_cost": 0.0, "area": 0.0, "latency": 1, "operands": ["O"],
+            "ports": [
+                {"name": "r_port_1", "type": "read", **both, "allocation": ["O, tl", "O, th"]},
+                {"name": "w_port_1", "type": "write", **both, "allocation": ["O, fh", "O, fl"]},
+            ],
+            "served_dimensions": [],
+        }
+    }  # fmt: skip
+    for level in board.memory:
+        # Narrow accesses take their share of the energy of a full one, so that the price is that of bits.
+        bits = int(level.width_bits.value)
+        cost = bits * level.energy_pj_per_bit.value
+        memories[level.name] = {
+            "size": int(level.size_bytes.value * 8), "r_cost": cost, "w_cost": cost, "area": 0.0, "latency": 1,
+            "operands": ["I1", "I2", "O"],
+            "ports": [{
+                "name": "rw_port_1", "type": "read_write", "bandwidth_min": 8, "bandwidth_max": bits,
+                "allocation": [f"{o}, {d}" for o, ds in (("I1", "fh tl"), ("I2", "fh tl"), ("O", "fh tl fl th"))
+                               for d in ds.split()],
+            }],
+            "served_dimensions": ["D1", "D2"],
+        }  # fmt: skip
+    array = {"unit_energy": mac_pj, "unit_area": 0.0, "dimensions": ["D1", "D2"], "sizes": [rows, columns]}
+    return {"name": board.name, "memories": memories, "operational_array": array}
+
+
+def layer(nest: Nest) -> dict[str, Any]:
+    """A nest as ZigZag describes a layer; its operand W is the second tensor that is read."""
+    rows, columns = nest.windows
+    dims = {"x": "[b][c][iy][ix]", "w": "[k][c][fy][fx]", "y": "[b][k][oy][ox]"}
+    first, second = nest.reads
+    sizes = {"B": nest.b, "K": nest.k, "C": nest.c, "OY": rows.out, "OX": columns.out, "FY": rows.kernel}
+    sizes |= {"FX": columns.kernel}
+    return {
+        "id": 0, "name": "nest", "operator_type": "Conv",
+        "equation": f"O{dims[nest.writes]}+=I{dims[first]}*W{dims[second]}",
+        "dimension_relations": [f"ix={columns.stride}*ox+1*fx", f"iy={rows.stride}*oy+1*fy"],
+        "loop_dims": list(sizes), "loop_sizes": list(sizes.values()),
+        "pr_loop_dims": ["IX", "IY"], "pr_loop_sizes": [columns.size, rows.size],
+        "padding": [[columns.padding] * 2, [rows.padding] * 2],
+        "operand_precision": {
+            "I": nest.bits(first), "W": nest.bits(second), "O": 32, "O_final": nest.bits(nest.writes),
+        },
+        "operand_source": {},
+    }  # fmt: skip
+
+
+def unrolling(nest: Nest, board: Board) -> dict[str, list[str]]:
+    """Our spread over the array, in whole loops: output channels on one axis, positions or taps on the other."""
+    sizes = {"B": nest.b, "K": nest.k, "C": nest.c, "FX": nest.windows[1].kernel}
+    first = ["B"] if nest.writes == "y" else ["C", "FX"]
+    axes = {"D1": int(board.array.rows_pe.value), "D2": int(board.array.columns_pe.value)}
+    options = []
+    for one, other in (("D1", "D2"), ("D2", "D1")):
+        chosen = {one: _fill(["K"], sizes, axes[one]), other: _fill(first, sizes, axes[other])}
+        used = math.prod(size for loops in chosen.values() for _, size in loops)
+        options.append((used, chosen))
+    _, best = max(options, key=lambda option: option[0])
+    return {axis: [f"{loop}, {size}" for loop, size in best[axis]] for axis in ("D1", "D2")}
+
+
+def _fill(loops: list[str], sizes: dict[str, int], axis: int) -> list[tuple[str, int]]:
+    """Factors of loops whose product fills an axis best."""
+    factors = [[f for f in range(1, sizes[loop] + 1) if sizes[loop] % f == 0] for loop in loops]
+    best = max((c for c in product(*factors) if math.prod(c) <= axis), key=math.prod)
+    return list(zip(loops, best, strict=True))
+
+
+def zigzag(board: Board, nest: Nest, effort: int) -> Result:
+    """Run ZigZag's search without the stages that draw and save."""
+    from zigzag.mapping.temporal_mapping import TemporalMappingType
+    from zigzag.stages.evaluation.cost_model_evaluation import CostModelStage
+    from zigzag.stages.main import MainStage
+    from zigzag.stages.mapping.spatial_mapping_generation import SpatialMappingGeneratorStage
+    from zigzag.stages.mapping.temporal_mapping_generator_stage import TemporalMappingGeneratorStage
+    from zigzag.stages.parser.accelerator_parser import AcceleratorParserStage
+    from zigzag.stages.parser.workload_parser import WorkloadParserStage
+    from zigzag.stages.results.reduce_stages import MinimalEnergyStage
+    from zigzag.stages.workload_iterator import WorkloadStage
+
+    stages: list[Any] = [
+        WorkloadParserStage, AcceleratorParserStage, WorkloadStage, MinimalEnergyStage, SpatialMappingGeneratorStage,
+        MinimalEnergyStage, TemporalMappingGeneratorStage, CostModelStage,
+    ]  # fmt: skip
+    links = {"O": "O", "W": "I2", "I": "I1"}
+    mapping = [{"name": "default", "spatial_mapping": unrolling(nest, board), "memory_operand_links": links}]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {}
+        for name, content in (
+            ("accelerator", accelerator(board, 1.0)),
+            ("mapping", mapping),
+            ("workload", [layer(nest)]),
+        ):
+            paths[name] = f"{folder}/{name}.yaml"
+            Path(paths[name]).write_text(yaml.safe_dump(content), encoding="utf-8")
+        started = time.perf_counter()
+        answers = MainStage(
+            stages, **paths, loma_lpf_limit=effort, loma_show_progress_bar=False, nb_mappings_generated=1,
+            enable_mix_spatial_mapping_generation=False, access_same_data_considered_as_no_access=False,
+            temporal_mapping_type=TemporalMappingType("uneven"),
+        ).run()  # fmt: skip
+        seconds = time.perf_counter() - started
+    cme = answers[0][0]
+    off_chip = 0.0
+    per_bit = board.off_chip.energy_pj_per_bit.value
+    for parts in cme.mem_energy_breakdown.values():
+        off_chip += parts[-1] / per_bit / 8
+    return Result(float(cme.layer.total_mac_count), off_chip, float(cme.mem_energy), seconds)
+
+
+# -- comparison ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One phase of one convolution."""
+
+    network: str
+    conv: str
+    phase: str
+    times: int
+    ours: Result
+    zigzag: Result
+    fits: bool
+
+    @property
+    def energy(self) -> float:
+        return self.ours.memory_pj / self.zigzag.memory_pj - 1
+
+
+def measure(model: FpgaCostModel, network: str, conv: Conv, times: int, writes: Name, effort: int) -> Row:
+    mine, theirs, fits = Result(), Result(), True
+    for nest in nests(conv, writes):
+        found, _ = ours(model, nest)
+        mine, theirs = mine.plus(found), theirs.plus(zigzag(model.board, nest, effort))
+        fits = fits and math.isclose(found.off_chip_bytes, nest.compulsory_bytes)
+    return Row(network, conv.name, PHASES[writes], times, mine, theirs, fits)
+
+
+def rows(model: FpgaCostModel, only: str | None, effort: int) -> Iterator[Row]:
+    done = {}
+    if STATE.exists():
+        for line in STATE.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            done[entry["network"], entry["conv"], entry["phase"]] = Row(
+                **{**entry, "ours": Result(**entry["ours"]), "zigzag": Result(**entry["zigzag"])}
+            )
+    STATE.parent.mkdir(exist_ok=True)
+    for network, build in NETWORKS.items():
+        if only not in (None, network):
+            continue
+        for conv, times in Counter(build()).items():
+            for writes in PHASES:
+                if writes == "x" and conv.first:
+                    continue  # nothing before the first layer wants a gradient
+                row = done.get((network, conv.name, PHASES[writes]))
+                if row is None:
+                    row = measure(model, network, conv, times, writes, effort)
+                    with STATE.open("a", encoding="utf-8") as state:
+                        state.write(json.dumps(asdict(row)) + "\n")
+                print(
+                    f"{network} {conv.name} {row.phase}: energy {row.energy:+.1%}, {row.zigzag.seconds:.1f} s",
+                    flush=True,
+                )
+                yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(NETWORKS))
+    parser.add_argument("--effort", type=int, default=4, help="ZigZag's lpf_limit: how finely loops are split")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    found = list(rows(FpgaCostModel("zedboard"), options.only, options.effort))
+    print(len(found))
+
+
+if __name__ == "__main__":
+    main()
