@@ -94,7 +94,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def train(name: str, data: Data, out: Path, epochs: int, seed: int) -> None:
+def train(name: str, data: Data, out: Path, epochs: int, now: int | None, seed: int) -> None:
     """Train from where the run was stopped."""
     record_path, state_path = out / f"{name}.json", out / f"{name}.pt"
     run = Run(name, seed)
@@ -106,7 +106,8 @@ def train(name: str, data: Data, out: Path, epochs: int, seed: int) -> None:
             raise SystemExit(f"{state_path} is of a run with other settings; choose another --out")
         record = held["record"]
         run.restore(held["state"])
-    for epoch in range(len(record["history"]), epochs):
+    first = len(record["history"])
+    for epoch in range(first, epochs if now is None else min(epochs, first + now)):
         result = run.epoch(data, epoch, epochs)
         record["history"].append(result)
         save({"record": record, "state": run.state()}, state_path)
@@ -168,13 +169,14 @@ def main() -> None:
     parser.add_argument("--run", choices=CONFIGS)
     parser.add_argument("--table", action="store_true", help="print the tables of the results")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs-now", type=int, help="stop after so many epochs; the next call goes on")
     parser.add_argument("--limit", type=int, help="train on so many images only")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.run:
         options.out.mkdir(parents=True, exist_ok=True)
         data = load(options.data, options.cache or options.out).head(options.limit)
-        train(options.run, data, options.out, options.epochs, options.seed)
+        train(options.run, data, options.out, options.epochs, options.epochs_now, options.seed)
     if options.table:
         print(table(options.out))
 

@@ -51,7 +51,7 @@ def _saved_only_by(value: Any, readers: Iterable[Any], dependent: set[fx.Node]) 
     """Whether ``value`` is computed in forward and backward reads it in no other operator than ``readers``."""
     if not isinstance(value, fx.Node) or value in dependent or value.op == "placeholder":
         return False
-    return all(user.target in readers for user in value.users if user in dependent)
+    return all(user.target in readers for user in value.users if user in dependent and user.op != "output")
 
 
 def _narrow_norm(graph: fx.Graph, norm: fx.Node, bits: int, dependent: set[fx.Node]) -> None:

@@ -26,7 +26,7 @@ class CompiledRegion:
     def __init__(self, joint: Joint, *, compile: bool = False) -> None:
         self.joint = joint
         self.halves: Halves = partition(joint)
-        run = _through_inductor if compile else _as_it_is
+        run = through_compiler if compile else _as_it_is
         self.forward, self.inference, self.backward = map(
             run, (self.halves.forward, self.halves.inference, self.halves.backward)
         )
@@ -109,13 +109,15 @@ def _as_it_is(half: fx.GraphModule) -> Callable[..., Any]:
     return half
 
 
-def _through_inductor(half: fx.GraphModule) -> Callable[..., Any]:
+def through_compiler(half: fx.GraphModule, backend: str = "inductor") -> Callable[..., Any]:
     """Compile a half; the own operators become their kernels' code, which inductor fuses with what is around it."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(half.graph, {}))
-    for node in graph.find_nodes(op="call_function"):
+    for node in graph.nodes:
         node.target = ops.KERNELS.get(node.target, node.target)
-    compiled: Callable[..., Any] = torch.compile(fx.GraphModule(half, graph), dynamic=True, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(
+        fx.GraphModule(half, graph), dynamic=True, fullgraph=True, backend=backend
+    )
     return compiled
 
 

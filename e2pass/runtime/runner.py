@@ -248,7 +248,7 @@ class RegionRunner:
             elif kind == "scale":
                 tensors.append(self._running_scale(name))
             elif kind == "step":
-                tensors.append(self.owner.e2_steps.count)  # type: ignore[union-attr]
+                tensors.append(self.owner.e2_steps.count.clone())  # type: ignore[union-attr, operator]  # backward reads it later
             else:
                 tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
         return tensors
