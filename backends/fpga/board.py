@@ -153,7 +153,7 @@ class Board(_Model):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     title: str
     clock_mhz: Annotated[Quantity, _within(1, 5000, "MHz")]
-    resources: Resources
+    resources: Resources | None = None
     array: Array
     vector_unit: VectorUnit
     memory: Annotated[list[MemoryLevel], Field(min_length=2)]
@@ -269,6 +269,8 @@ def _explain(error: ErrorDetails) -> str:
             return f"unknown key {key} = {found!r}; the keys allowed there are {', '.join(_keys_at(error['loc'][:-1]))}"
         case "missing":
             return f"key {key} is missing; {_hint(error['loc'])}"
+        case "too_short" if key == "memory":
+            return f"memory lists {error['ctx']['actual_length']} levels; a board needs one on the chip and one off it"
         case "range":
             return f"{key} = {error['ctx']['value']:g} is not allowed: {error['msg']}"
         case "inconsistent":

@@ -9,7 +9,7 @@ import typer
 
 from e2pass.cli.cost import analyze, compare
 from e2pass.cli.errors import one_line_errors
-from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, keyword_arguments
+from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, check_output, keyword_arguments
 
 app = typer.Typer(
     name="e2pass",
@@ -105,6 +105,28 @@ def boards_validate(file: Annotated[Path, typer.Argument(help="Board description
 
         board = load_board(file)
         typer.echo(f"{file}: valid, board {board.name}")
+
+
+@boards.command("import-zigzag")
+def boards_import_zigzag(
+    file: Annotated[Path, typer.Argument(help="ZigZag accelerator in YAML")],
+    clock_mhz: Annotated[float, typer.Option("--clock-mhz", help="Clock in MHz, which ZigZag does not state")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing")] = None,
+) -> None:
+    """Turn a ZigZag accelerator into a board description; what that simplifies is said on stderr."""
+    with one_line_errors():
+        from e2pass.backends.fpga.zigzag import import_zigzag
+        from e2pass.report.files import save
+
+        check_output(out)
+        imported = import_zigzag(file, clock_mhz)
+        for note in imported.notes:
+            typer.echo(f"note: {note}", err=True)
+        if out is None:
+            typer.echo(imported.text, nl=False)
+        else:
+            save(imported.text, out)
+            typer.echo(f"wrote {out}, board {imported.board.name}")
 
 
 def _seeds(text: str) -> tuple[int, ...]:
