@@ -378,7 +378,7 @@ class _Linker:
 
 def value_of(node: GraphNode) -> str:
     """The value of the flat graph that a merge or the sum of gradients is about, ``""`` for other nodes."""
-    inner = node.name.partition("/")[2]
+    inner = node.inner_name
     if node.site.region == "merge":
         return inner.removesuffix("_worth").removesuffix("_sum")
     return inner.rpartition("_")[0] if node.site.region == "gradient_sum" else ""

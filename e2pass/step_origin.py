@@ -50,7 +50,7 @@ class _Origin:
     def line(self, node: GraphNode) -> str:
         if node.site.region == "merge":
             return str(self.flat[value_of(node)].meta.get("e2_stack") or "")
-        traced_from = node.fx_node.meta.get("e2_from", "") if node.fx_node is not None else node.name.partition("/")[2]
+        traced_from = node.fx_node.meta.get("e2_from", "") if node.fx_node is not None else node.inner_name
         return self.lines.get(node.site.region, {}).get(traced_from, "")
 
     def made_by(self, node: GraphNode) -> str:

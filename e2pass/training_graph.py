@@ -76,6 +76,11 @@ class GraphNode:
         return self.site.name
 
     @property
+    def inner_name(self) -> str:
+        """Name within its region."""
+        return self.site.name.removeprefix(f"{self.site.region}/")
+
+    @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Shape and true width in bits of each tensor produced."""
         return self.site.outputs

@@ -106,7 +106,7 @@ def _pickings(graph: TrainingGraph) -> dict[str, str]:
 
 
 def _label(node: GraphNode) -> str:
-    lines = [node.name.rpartition("/")[2], short_op(node.site.op)]
+    lines = [node.inner_name, short_op(node.site.op)]
     if node.tag:
         lines.append(node.tag)
     return quoted("\n".join(dict.fromkeys(lines)))

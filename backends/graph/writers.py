@@ -40,4 +40,6 @@ class GraphWriters:
 
     def html(self, graph: TrainingGraph, report: CostReport | None) -> str:
         """Return a page that needs nothing else."""
-        raise NotImplementedError
+        from e2pass.backends.graph.page import to_html
+
+        return to_html(graph, report)

@@ -34,11 +34,13 @@ class Fragment:
         body: HTML with everything from user models escaped.
         styles: Style sheets it needs, in order.
         scripts: Scripts it needs, in order; they run after the bodies of all fragments.
+        wasm: Whether they compile WebAssembly, which a page has to allow.
     """
 
     body: Markup
     styles: tuple[Asset, ...] = ()
     scripts: tuple[Asset, ...] = ()
+    wasm: bool = False
 
 
 @cache
@@ -80,6 +82,7 @@ def page(title: str, fragments: Iterable[Fragment]) -> str:
         .get_template("page.html.j2")
         .render(
             title=title,
+            wasm=any(part.wasm for part in parts),
             bodies=[part.body for part in parts],
             styles=[Markup(a.text) for a in styles.values()],
             scripts=[Markup(a.text) for a in scripts.values()],

@@ -1,0 +1,225 @@
+// From what is open in the hierarchy to a drawing by Graphviz: forward down on the left, backward up on the right.
+"use strict";
+
+E2Step.COLOUR = {
+  technique: { base: "#4e79a7", smd: "#9c755f", slu: "#f28e2b", bits: "#59a14f", psg: "#b07aa1" },
+  phase: {
+    data: "#9c755f", forward: "#4e79a7", loss: "#bab0ac", dx: "#f28e2b", dw: "#e15759", backward: "#76b7b2", update: "#59a14f",
+  },
+};
+E2Step.EDGE = {
+  data: "#9c755f", value: "#3e4c59", gate: "#d9730d", saved: "#b8c4d0", gradient: "#b4373a", update: "#3f8f4f",
+};
+const HEAT = [[255, 250, 240], [254, 217, 160], [253, 174, 97], [232, 103, 57]];
+const MOST_BOXES = 500;
+const BAR_PX = 104;
+
+E2Step.heat = (share) => {
+  const at = Math.sqrt(Math.min(1, Math.max(0, share))) * (HEAT.length - 1), low = Math.min(HEAT.length - 2, Math.floor(at));
+  const mix = HEAT[low].map((from, i) => Math.round(from + (HEAT[low + 1][i] - from) * (at - low)));
+  return `#${mix.map((part) => part.toString(16).padStart(2, "0")).join("")}`;
+};
+E2Step.tint = (colour) => {
+  const parts = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  return `#${parts.map((part) => Math.round(part + (255 - part) * 0.78).toString(16).padStart(2, "0")).join("")}`;
+};
+const escapeLabel = (text) =>
+  text.replace(/[\u0000-\u001f]/g, " ").replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
+// Browsers without Helvetica draw letters wider than Graphviz measures them.
+const roomy = (text) => { const room = "&#160;".repeat(Math.ceil(text.length / 9)); return room + escapeLabel(text) + room; };
+E2Step.clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text);
+
+E2Step.Drawing = class {
+  constructor(model, viz) {
+    this.model = model; this.viz = viz; this.open = new Set([0]); this.colour = "technique"; this.showSaved = true;
+  }
+
+  // The group that stands for `group` in the drawing: the outermost closed one, or null if all around it is open.
+  closed(group) {
+    let found = null;
+    for (let at = group; at; at = at.parent) if (!this.open.has(at.id)) found = at;
+    return found;
+  }
+
+  boxOf(index) {
+    const group = this.model.groupOf[index], closed = this.closed(group);
+    return closed ? `g${closed.id}${this.model.column[index]}` : `n${this.model.origin[index]}`;
+  }
+
+  _scan() {
+    const { model } = this, closed = new Map();
+    const prefix = model.groups.map((group) => { const found = this.closed(group); closed.set(group.id, found); return found; });
+    const anchor = new Array(model.count);
+    const boxes = new Map();
+    for (let i = 0; i < model.count; i++) {
+      const group = prefix[model.groupOf[i].id];
+      const origin = model.origin[i];
+      anchor[i] = group ? `g${group.id}${model.column[i]}` : `n${origin}`;
+      if (group) boxes.set(anchor[i], { group, column: model.column[i] });
+      else if (origin === i) boxes.set(anchor[i], { index: i, group: model.groupOf[i], column: model.column[i] });
+    }
+    return { anchor, boxes };
+  }
+
+  count() { return this._scan().boxes.size; }
+
+  _edges(anchor) {
+    const { model } = this, edges = new Map();
+    for (let i = 0; i < model.count; i++) {
+      for (const read of model.data.nodes.reads[i]) {
+        const from = anchor[model.origin[read]], to = anchor[i];
+        if (from === to) continue;
+        const key = `${from} ${to}`, kind = this._edgeKind(model.origin[read], i), known = edges.get(key);
+        if (known) known.count += 1; else edges.set(key, { from, to, kind, count: 1 });
+      }
+    }
+    return edges.values();
+  }
+
+  _edgeKind(source, target) {
+    const a = this.model.kind(source), b = this.model.kind(target);
+    if (b[2] === "update") return "update";
+    if (a[2] === "data") return "data";
+    const ahead = this.model.column[source] === "f", behind = this.model.column[target] === "b";
+    if (ahead && behind) return a[2] === "loss" ? "gradient" : "saved";
+    if (behind) return "gradient";
+    return a[4] === "slu.gate" && this.model.data.nodes.region[source] !== this.model.data.nodes.region[target] ? "gate" : "value";
+  }
+
+  // Returns the SVG element, or null where too much is open to be read or drawn.
+  render() {
+    const { anchor, boxes } = this._scan();
+    if (boxes.size > MOST_BOXES) return null;
+    this.boxes = boxes;
+    this.largest = { energy: 0, time: 0 };
+    for (const box of boxes.values()) {
+      const totals = this.totalsOf(box);
+      for (const key of ["energy", "time"]) this.largest[key] = Math.max(this.largest[key], totals[key]);
+    }
+    const graph = {
+      directed: true, name: "step",
+      graphAttributes: { rankdir: "TB", nodesep: 0.16, ranksep: 0.28, bgcolor: "transparent", fontname: "Helvetica", pad: 0.15, newrank: true },
+      nodeAttributes: { shape: "box", style: "rounded,filled", fillcolor: "#ffffff", color: "#9fb3c8", fontname: "Helvetica", fontsize: 10, fontcolor: "#1f2933", margin: "0.09,0.05", height: 0.3 },
+      edgeAttributes: { arrowsize: 0.5, penwidth: 1 },
+      nodes: [], edges: [], subgraphs: [],
+    };
+    this._clusters(graph, boxes);
+    for (const edge of this._edges(anchor)) this._draw(graph, edge);
+    this._rungs(graph, boxes);
+    return this.viz.renderSVGElement(graph);
+  }
+
+  totalsOf(box) {
+    if (box.index === undefined) return box.group.totals[box.column];
+    const cost = this.model.cost(box.index);
+    return { energy: cost[2], time: cost[3], macs: cost[4], count: 1 };
+  }
+
+  _clusters(graph, boxes) {
+    const columns = {}, clusters = new Map();
+    for (const column of "fbu") {
+      columns[column] = { name: `cluster_${column}`, nodes: [], subgraphs: [], graphAttributes: {
+        label: E2Step.COLUMNS[column], labeljust: "l", fontname: "Helvetica", fontsize: 12, fontcolor: "#616e7c", style: "rounded,filled",
+        fillcolor: "#f8fafc", color: "#e4e7eb", class: "column", margin: 10 } };
+    }
+    const clusterOf = (group, column) => {
+      if (group.id === 0) return columns[column];
+      const key = `g${group.id}${column}`;
+      if (!clusters.has(key)) {
+        const made = { name: `cluster_${key}`, nodes: [], subgraphs: [], graphAttributes: {
+          id: `c_${key}`, class: "open", label: E2Step.clip(this._text(group.name), 40), labeljust: "l", fontname: "Helvetica", fontsize: 10, fontcolor: "#486581",
+          style: "rounded,filled", fillcolor: "#ffffff", color: "#bcccdc", margin: 7, tooltip: "double-click to close" } };
+        clusters.set(key, made);
+        clusterOf(group.parent, column).subgraphs.push(made);
+      }
+      return clusters.get(key);
+    };
+    for (const [id, box] of boxes) {
+      const node = { name: id, attributes: this._look(id, box) };
+      const parent = box.index === undefined ? box.group.parent : box.group;
+      const special = parent.id === 0 && box.index === undefined && /^\((batch|loss)\)$/.test(box.group.name);
+      if (special) graph.nodes.push(node); else clusterOf(parent, box.column).nodes.push(node);
+    }
+    for (const column of "fbu") {
+      if (columns[column].nodes.length || columns[column].subgraphs.length) graph.subgraphs.push(columns[column]);
+    }
+  }
+
+  _text(text) { return text.replace(/\\/g, "\\\\").replace(/[\u0000-\u001f]/g, " "); }
+
+  _look(id, box) {
+    const totals = this.totalsOf(box), common = { id, class: box.index === undefined ? "box closed" : "box op" };
+    const fill = this._fill(box, totals);
+    if (box.index === undefined) {
+      return { ...common, ...fill, tooltip: "double-click to open", margin: "0.1,0.06", label: { html: this._groupLabel(box, totals) } };
+    }
+    const node = this.model.node(box.index);
+    const lines = [E2Step.clip(node.short, 34)];
+    if (node.tag) lines.push(node.tag);
+    if (node.type && node.type !== "()") lines.push(E2Step.clip(node.type, 34));
+    const small = (text) => `<FONT POINT-SIZE="8" COLOR="#616e7c">${roomy(text)}</FONT>`;
+    const html = [roomy(lines[0]), ...lines.slice(1).map(small)].join("<BR/>");
+    return { ...common, ...fill, tooltip: " ", label: { html } };
+  }
+
+  _fill(box, totals) {
+    if (this.colour === "energy" || this.colour === "time") {
+      const most = this.largest[this.colour];
+      return { fillcolor: E2Step.heat(most ? totals[this.colour] / most : 0) };
+    }
+    if (box.index === undefined) return {};
+    const colour = E2Step.COLOUR[this.colour][this.model.kind(box.index)[this.colour === "phase" ? 2 : 3]];
+    return this.colour === "technique" && colour === E2Step.COLOUR.technique.base ? {} : { fillcolor: E2Step.tint(colour), color: colour };
+  }
+
+  _groupLabel(box, totals) {
+    const name = roomy(E2Step.clip(box.group.name, 30));
+    const detail = `${totals.count} op${totals.count === 1 ? "" : "s"} \u00b7 ${E2Step.si(totals.energy, "J")}`;
+    const by = this.colour === "phase" ? "phase" : "technique";
+    const parts = Object.entries(totals[by]).filter(([, joules]) => joules > 0);
+    let cells = "";
+    if (parts.length) {
+      for (const [key, joules] of parts) {
+        const width = Math.max(1, Math.round((joules / totals.energy) * BAR_PX));
+        cells += `<TD FIXEDSIZE="TRUE" WIDTH="${width}" HEIGHT="4" BGCOLOR="${E2Step.COLOUR[by][key]}"></TD>`;
+      }
+      cells = `<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>${cells}</TR></TABLE></TD></TR>`;
+    }
+    return `<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR><TD ALIGN="LEFT"><B>${name}</B></TD></TR>` +
+      `<TR><TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="#52606d">${escapeLabel(detail)}</FONT></TD></TR>${cells}</TABLE>`;
+  }
+
+  // Invisible edges that put forward, backward and update of a module side by side, in this order.
+  _rungs(graph, boxes) {
+    const rows = new Map();
+    for (const [id, box] of boxes) {
+      const row = rows.get(box.group) || {};
+      // Backward runs from its last operation up, so its last stands beside the first of forward.
+      if (!row[box.column] || box.column === "b") row[box.column] = id;
+      rows.set(box.group, row);
+    }
+    const attributes = { style: "invis", minlen: 0, weight: 4 };
+    const loss = [...rows].find(([group]) => group.path[0] === "(loss)")?.[1].f;
+    for (const row of rows.values()) {
+      if (loss && row.u && !row.f && !row.b) graph.edges.push({ tail: loss, head: row.u, attributes });
+      const ids = ["f", "b", "u"].map((column) => row[column]).filter(Boolean);
+      ids.slice(1).forEach((id, i) => graph.edges.push({ tail: ids[i], head: id, attributes }));
+    }
+  }
+
+  // Gradients flow up beside the values they belong to: laid out against their direction, drawn along it.
+  _draw(graph, edge) {
+    const attributes = { color: E2Step.EDGE[edge.kind], class: `edge ${edge.kind}`, id: `e_${edge.from}_${edge.to}`, tooltip: " " };
+    if (edge.count > 1) attributes.penwidth = Math.min(3, 1 + Math.log10(edge.count));
+    if (edge.kind === "saved") {
+      if (!this.showSaved) return;
+      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, style: "dashed", weight: 0, minlen: 0, constraint: false } });
+    } else if (edge.kind === "gradient") {
+      graph.edges.push({ tail: edge.to, head: edge.from, attributes: { ...attributes, dir: "back", weight: 2 } });
+    } else if (edge.kind === "update") {
+      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, constraint: false } });
+    } else {
+      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, weight: edge.kind === "value" ? 2 : 1 } });
+    }
+  }
+};
