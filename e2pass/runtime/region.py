@@ -27,8 +27,9 @@ class CompiledRegion:
         self.joint = joint
         self.halves: Halves = partition(joint)
         run = through_compiler if compile else _as_it_is
-        self.forward, self.inference, self.backward = map(
-            run, (self.halves.forward, self.halves.inference, self.halves.backward)
+        self.forward, self.inference = run(self.halves.forward), run(self.halves.inference)
+        self.backward = (
+            _unboxed(through_compiler(self.halves.backward)) if compile else _consuming(self.halves.backward)
         )
         positions = {key: i for i, key in enumerate(self.halves.forward_inputs)}
         shadows = [key for kind, key in self.halves.backward_outputs if kind == "predicted"]
@@ -67,7 +68,7 @@ class CompiledRegion:
 
 
 class _Region(torch.autograd.Function):
-    """Saves what the partition says and nothing else; no double backward."""
+    """Saves what the partition says and nothing else, and lets go of it as backward proceeds; no double backward."""
 
     @staticmethod
     def forward(ctx: Any, region: CompiledRegion, on_counts: CountSink, n: int, *tensors: Tensor) -> Any:
@@ -92,10 +93,13 @@ class _Region(torch.autograd.Function):
         region: CompiledRegion = ctx.region
         halves = region.halves
         saved = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # unless the caller retains the graph
         tangents = [
             _in_traced_layout(grads[i], spec) for i, spec in zip(halves.tangents, halves.tangent_specs, strict=True)
         ]
-        results = region.backward(*saved, *ctx.ints, *tangents)
+        arguments = [*saved, *ctx.ints, *tangents]
+        del saved, tangents, grads
+        results = region.backward(arguments)
         out: list[Tensor | None] = [None] * region._n_inputs
         for index, (kind, key) in enumerate(halves.backward_outputs):
             if kind == "counts":
@@ -107,6 +111,21 @@ class _Region(torch.autograd.Function):
 
 def _as_it_is(half: fx.GraphModule) -> Callable[..., Any]:
     return half
+
+
+def _consuming(half: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """The half as a function of one list, which it empties: a saved tensor is free once nothing reads it any more."""
+    graph = fx.Graph()
+    arguments = graph.placeholder("arguments")
+    known: dict[fx.Node, fx.Node] = {}
+    for node in half.graph.find_nodes(op="placeholder"):
+        known[node] = graph.call_method("pop", (arguments, 0))
+    graph.output(graph.graph_copy(half.graph, known))
+    return fx.GraphModule(half, graph)
+
+
+def _unboxed(half: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    return lambda arguments: half(*arguments)
 
 
 def through_compiler(half: fx.GraphModule, backend: str = "inductor") -> Callable[..., Any]:
