@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from e2pass.errors import E2PassError as E2PassError
     from e2pass.graph_diff import diff as diff
     from e2pass.rates import PredictorHardware as PredictorHardware
+    from e2pass.rates import Rates as Rates
     from e2pass.report import compare as compare
     from e2pass.torch_backend import psg_backend as psg_backend
 
@@ -39,6 +40,7 @@ _HOME = {
     "SLU": "e2pass.config",
     "SMD": "e2pass.config",
     "PredictorHardware": "e2pass.rates",
+    "Rates": "e2pass.rates",
     "analyze": "e2pass.api",
     "diff": "e2pass.graph_diff",
     "compare": "e2pass.report",

@@ -95,15 +95,17 @@ class Transformed:
         ]
         return [g for g in groups if g["params"]]
 
-    def report(self, rates: str = "assumed", *, hardware: PredictorHardware = STANDARD) -> CostReport:
+    def report(self, rates: str | Rates = "assumed", *, hardware: PredictorHardware = STANDARD) -> CostReport:
         """Modelled cost of one nominal step, before and after.
 
         Args:
-            rates: ``assumed`` (the configured targets) or ``measured`` (what this run did so far).
+            rates: ``assumed`` (the configured targets), ``measured`` (what this run did so far), or rates of your own.
             hardware: What the board does with predicted weight gradients; matters with PSG only.
         """
+        if isinstance(rates, Rates):
+            return self._step.report(self._program, rates, hardware)
         if rates not in ("assumed", "measured"):
-            raise ConfigError(f"rates = {rates!r} is not allowed; choose 'assumed' or 'measured'")
+            raise ConfigError(f"rates = {rates!r} is not allowed; choose 'assumed' or 'measured', or give e2pass.Rates")
         chosen = assumed_rates(self._program) if rates == "assumed" else self._measured_rates()
         return self._step.report(self._program, chosen, hardware)
 

@@ -1,10 +1,11 @@
-"""Price a training step without training, and write the report as JSON, CSV and Markdown."""
+"""Price a training step without training, and write the report as JSON, CSV, Markdown, LaTeX and an HTML page."""
 
 from __future__ import annotations
 
 import torch
 
 import e2pass
+from e2pass.backends.html import to_html
 from e2pass.models import resnet
 
 
@@ -21,6 +22,8 @@ def main() -> None:
     report.to_json("cost_report.json")
     report.to_csv("cost_report.csv")
     report.to_markdown("cost_report.md")
+    report.to_latex("cost_report.tex")
+    to_html(report.with_run(steps=64_000), "cost_report.html")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FILES = {
     "transform_any_model": set(),
     "inspect_graph": {"training_graph.txt", "training_graph.dot"},
-    "export_cost_report": {"cost_report.json", "cost_report.csv", "cost_report.md"},
+    "export_cost_report": {
+        "cost_report.json",
+        "cost_report.csv",
+        "cost_report.md",
+        "cost_report.tex",
+        "cost_report.html",
+    },
     "finetune_frozen": set(),
 }
 PRINTS = {
