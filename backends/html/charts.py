@@ -182,7 +182,7 @@ def _roofline(report: CostReport) -> Chart:
     units = {"x": "MAC/B", "y": "MAC/s", "value": "J"}
     return Chart(
         "roofline", "Roofline", views, units,
-        note="Each product: MACs per off-chip byte and per second while it runs. Lines: the board's limits.",
+        note="Each product, while it runs. Lines: the most the board could do, by operand widths.",
     )  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def _roofline_view(report: CostReport, step: str) -> Option:
     return {
         "animation": False,
         "color": list(PALETTE),
-        "legend": {"top": 0, "type": "scroll"},
-        "grid": {"left": 8, "right": 24, "top": 56, "bottom": 28, "containLabel": True},
+        "legend": {"top": 0, "data": [s["name"] for s in series if s["type"] == "scatter"]},
+        "grid": {"left": 8, "right": 110, "top": 56, "bottom": 28, "containLabel": True},
         "tooltip": {"trigger": "item", "confine": True},
         "xAxis": {**axis, "name": "MACs per off-chip byte", "nameLocation": "middle", "nameGap": 30},
         "yAxis": {**axis, "name": "MACs per second"},
@@ -232,8 +232,11 @@ def _roofs(report: CostReport, low: float, high: float) -> Iterator[Option]:
         ridge = peak / slope
         line = [[x, min(peak, slope * x)] for x in sorted({low, min(max(ridge, low), high), high})]
         look = {"color": shade, "width": 1.5, "type": "dashed"}
-        yield {"type": "line", "name": f"at most: {widths}", "data": line, "lineStyle": look, "symbol": "none",
-               "itemStyle": {"color": shade}}  # fmt: skip
+        label = {"show": True, "formatter": widths, "color": SOFT, "fontSize": 11, "distance": 4}
+        yield {
+            "type": "line", "name": f"at most: {widths}", "data": line, "lineStyle": look, "symbol": "none",
+            "itemStyle": {"color": shade}, "endLabel": label,
+        }  # fmt: skip
 
 
 def _bars(names: Sequence[str], series: list[Option]) -> Option:

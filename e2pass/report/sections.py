@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A table with a heading; the first column is text, the others are numbers.
+    """A table with a heading; the first column is text, the others mostly numbers.
 
     Attributes:
         heading: What it shows.
@@ -37,6 +37,11 @@ class Section:
     header: list[str]
     rows: list[list[Cell]]
     note: str = ""
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds names rather than numbers."""
+        cells = [row[column] for row in self.rows]
+        return column == 0 or (all(c.value is None for c in cells) and any(c.text for c in cells))
 
 
 def title(report: CostReport) -> str:
