@@ -244,10 +244,10 @@ def _why_mobilenet(net: Network) -> str:
     return (
         f"{len(blocks)} of the blocks have a residual connection, and so a gate: they hold {gated:.0%} of the "
         f"baseline's energy. Convolutions and products are {products:.0%} of it, the rest norms and activations, which "
-        f"stay in fp32. In 8 bits the network's own operations shrink to {narrow['base']:.0%} of the baseline, but quantizers "
-        f"and masks, each with its own pass over off-chip memory, add {narrow['bits']:.0%}. A design that fuses them "
-        "with their neighbours would save more. Which width and strides the paper gave the network for images of "
-        "32 x 32 is not published."
+        f"stay in fp32. In 8 bits the network's own operations shrink to {narrow['base']:.0%} of the baseline, but "
+        f"quantizers and masks, each with its own pass over off-chip memory, add {narrow['bits']:.0%}. A design that "
+        "fuses them with their neighbours would save more. Which width and strides the paper gave the network is not "
+        "published."
     )
 
 
