@@ -119,9 +119,12 @@ def analyze(
 
 def pipeline(config: Config, step: TrainingStep | None = None) -> list[Pass]:
     """The passes that a configuration asks for, in order; without ``step`` those that price are left out."""
-    passes: list[Pass] = [FindResidualBlocks()]
-    if config.slu is not None:
-        passes.append(InsertGates(**config.slu.model_dump()))
+    passes: list[Pass] = []
+    if config.slu is None:
+        passes.append(FindResidualBlocks())
+    else:
+        passes.append(FindResidualBlocks(include=config.slu.include, exclude=config.slu.exclude))
+        passes.append(InsertGates(**config.slu.model_dump(exclude={"include", "exclude"})))
     passes += [Outline(), Lower()]
     if config.slu is not None and step is not None:
         passes.append(WeighGates(step))

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from e2pass.errors import ConfigError
 
 GateKind = Literal["learned", "open", "closed", "random"]
+GatePer = Literal["sample", "batch"]
+Survival = Literal["constant", "linear"]
 
 
 class _Section(BaseModel):
@@ -56,6 +58,13 @@ class SLU(_Section):
         inject: Add the gradient of the compute term in the gates' own backward; with False the caller adds
             ``t.cost_term()`` to the loss.
         seed: Seed of the random gates.
+        per: Each ``sample`` decides for itself, or all of a ``batch`` share one decision.
+        survival: Random gates of all blocks skip at the same rate (``constant``), or at one that grows with depth
+            (``linear``, as published); the energy-weighted mean is ``skip`` either way.
+        min_active: In training at least so many samples enter each block; those with the highest scores are forced.
+        projections: Gate the bodies of blocks with a projection as skip path; False leaves such blocks alone.
+        include: Blocks to gate although the search would not: names of blocks or additions, or module paths.
+        exclude: Blocks to leave alone; a module path stands for all blocks in it.
     """
 
     skip: float = Field(0.4, ge=0.0, lt=1.0)
@@ -63,6 +72,12 @@ class SLU(_Section):
     hidden: int = Field(10, ge=1, le=1024)
     inject: bool = True
     seed: int = Field(0, ge=0)
+    per: GatePer = "sample"
+    survival: Survival = "constant"
+    min_active: int = Field(0, ge=0)
+    projections: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 class Bits(_Section):

@@ -165,8 +165,8 @@ def assumed_rates(program: Program) -> Rates:
     skip: dict[int, float] = {}
     if program.slu is not None:
         slu: SLUGates = program.slu
-        share = {"open": 0.0, "closed": 1.0}.get(slu.kind, slu.target)
-        skip = dict.fromkeys(range(len(slu.gates)), share)
+        fixed = {"open": 0.0, "closed": 1.0, "learned": slu.target}
+        skip = {i: fixed[slu.kind] if slu.kind in fixed else slu.skip_rate(i) for i in range(len(slu.gates))}
     use = 0.6 if config.psg is not None and config.psg.beta > 0 else 1.0 if config.psg is not None else 0.0
     return Rates(drop, skip, {}, use, program.inputs.batch_size)
 

@@ -141,6 +141,10 @@ class Transformed:
         ``psg`` holds for each weight ``use`` (share of elements whose sign was predicted), ``agreement`` (share of
         these with the sign of the full gradient), ``bound`` (the paper's bound on the share of wrong signs among
         them, None for weights used in several regions) and the number of ``elements`` counted.
+
+        ``slu`` holds the target, the skip ratios reached in training and evaluation, the controller's price, steps and
+        whether the price is at its limit, and for each gated block its energy share, skip ratios and ``spread``, the
+        standard deviation of its decisions between samples: 0 for a gate that treats all alike, at most 0.5.
         """
         found: dict[str, Any] = {}
         if self.loader is not None and hasattr(self.loader, "stats"):
@@ -154,18 +158,24 @@ class Transformed:
 
     def _slu_stats(self, slu: SLUGates) -> dict[str, Any]:
         names = [b.name for b in self.blocks if b.gated]
-        train, evaluation = slu.skipped_share(), slu.skipped_share(evaluation=True)
+        columns = {
+            "energy_share": slu.weight,
+            "skip_ratio": slu.skipped_share(),
+            "skip_ratio_eval": slu.skipped_share(evaluation=True),
+            "spread": slu.spread(),
+            "spread_eval": slu.spread(evaluation=True),
+        }
         return {
             "target": slu.target,
             "skip_ratio": slu.skip_ratio(),
             "skip_ratio_eval": slu.skip_ratio(evaluation=True),
-            "price": float(slu.price),
+            "controller": {
+                "price": float(slu.price),
+                "steps": int(slu.steps),
+                "at_limit": bool(slu.price.abs() >= slu.LIMIT),
+            },
             "blocks": {
-                name: {
-                    "energy_share": float(slu.weight[i]),
-                    "skip_ratio": None if train is None else float(train[i]),
-                    "skip_ratio_eval": None if evaluation is None else float(evaluation[i]),
-                }
+                name: {key: None if values is None else float(values[i]) for key, values in columns.items()}
                 for i, name in enumerate(names)
             },
         }

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from e2pass.blocks import ResidualBlock
-from e2pass.config import GateKind
+from e2pass.config import GateKind, GatePer, Survival
 from e2pass.diagnostics import Diagnostics
 from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
@@ -22,13 +22,17 @@ GATES = "e2_slu"
 
 @dataclass(frozen=True)
 class InsertGates(Pass):
-    """Options are those of ``e2pass.SLU``."""
+    """Options are those of ``e2pass.SLU``, but for the blocks' names, which are the search's."""
 
     skip: float = 0.4
     gate: GateKind = "learned"
     hidden: int = 10
     inject: bool = True
     seed: int = 0
+    per: GatePer = "sample"
+    survival: Survival = "constant"
+    min_active: int = 0
+    projections: bool = True
 
     name: ClassVar[str] = "insert-gates"
     needs: ClassVar[frozenset[str]] = frozenset({"captured", "blocks"})
@@ -39,7 +43,7 @@ class InsertGates(Pass):
         train = program.graphs["train"].graph
         nodes = {n.name: n for n in train.nodes}
         diagnostics = Diagnostics()
-        _leave_frozen(program, nodes, diagnostics)
+        self._leave_alone(program, nodes, diagnostics)
         gated = [i for i, block in enumerate(program.blocks["train"]) if block.gated]
         if not gated:
             return PassResult(program, False, diagnostics)
@@ -47,7 +51,17 @@ class InsertGates(Pass):
         features = [_features(nodes, program.blocks["train"][i]) for i in gated]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            program.slu = SLUGates(features, self.hidden, self.gate, self.skip, self.inject, self.seed)
+            program.slu = SLUGates(
+                features,
+                self.hidden,
+                self.gate,
+                self.skip,
+                inject=self.inject,
+                seed=self.seed,
+                per=self.per,
+                survival=self.survival,
+                min_active=self.min_active,
+            )
         for mode, gm in program.unique_graphs():
             renamed = _insert(gm, [program.blocks[mode][i] for i in gated], program.slu)
             for block in program.blocks[mode]:
@@ -55,15 +69,21 @@ class InsertGates(Pass):
         diagnostics.info("E2P210", GATES, f"{len(gated)} {self.gate} gates, target skip ratio {self.skip:.0%}")
         return PassResult(program, True, diagnostics)
 
-
-def _leave_frozen(program: Program, nodes: dict[str, fx.Node], diagnostics: Diagnostics) -> None:
-    """A gate in a frozen part would be the only reason for backward to go there."""
-    flow = gradient_flow(program.model, program.graphs["train"].graph)
-    for block, partner in zip(program.blocks["train"], program.blocks["eval"], strict=True):
-        if block.gated and not flow[nodes[block.join]]:
-            block.gated = partner.gated = False
-            block.reason = partner.reason = "nothing in it or before it is trained"
-            diagnostics.info("E2P211", block.name, f"residual block that is not gated: {block.reason}")
+    def _leave_alone(self, program: Program, nodes: dict[str, fx.Node], diagnostics: Diagnostics) -> None:
+        """Frozen blocks: a gate would be the only reason for backward to go there. And projections, if so wished."""
+        flow = gradient_flow(program.model, program.graphs["train"].graph)
+        for block, partner in zip(program.blocks["train"], program.blocks["eval"], strict=True):
+            if not block.gated:
+                continue
+            reason = ""
+            if not flow[nodes[block.join]]:
+                reason = "nothing in it or before it is trained"
+            elif block.kind == "projection" and not self.projections:
+                reason = "its skip path is a projection, and projections=False"
+            if reason:
+                block.gated = partner.gated = False
+                block.reason = partner.reason = reason
+                diagnostics.info("E2P211", block.name, f"residual block that is not gated: {reason}")
 
 
 def _features(nodes: dict[str, fx.Node], block: ResidualBlock) -> tuple[int, int]:

@@ -78,7 +78,7 @@ class InferenceForm(nn.Module):
             elif isinstance(step, Skip):
                 assert slu is not None
                 (body,) = self._region(step.body, [values[n] for n in step.body.inputs])
-                values[step.out] = merge_masked(values[step.shortcut], body, values[step.gate], slu.survival)
+                values[step.out] = merge_masked(values[step.shortcut], body, values[step.gate], slu.factor(step.index))
         output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, plan.output)
         return self.twin._executable.capture.rebuild(output, False)
 

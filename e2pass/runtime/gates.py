@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_COUNTERS = ("opened", "decided", "varied", "opened_eval", "decided_eval")
+
 GateState = tuple[Tensor, Tensor, Tensor]
 """Decision of shape (B,) and the LSTM's hidden and cell state of shape (B, hidden)."""
 
@@ -55,6 +57,9 @@ class SLUGates(nn.Module):
     Attributes:
         target: Target skip ratio: share of the gated blocks' energy that is not spent.
         kind: ``learned``, ``open``, ``closed`` or ``random``.
+        per: ``sample``, or ``batch`` where all samples of a batch share one decision.
+        survival: How the skip rate of random gates runs with depth: ``constant`` or ``linear``.
+        min_active: Samples that enter each block in training at the least.
         sampled: Random gates throw their dice in evaluation too.
         weight: Energy share of each gated block, summing to 1; buffer.
         price: The controller's price of energy, in units of the standardised logit; buffer.
@@ -70,11 +75,22 @@ class SLUGates(nn.Module):
     """Weight of the compute term beside the task gradient that reaches a gate (alpha in the paper's objective)."""
 
     def __init__(
-        self, features: Sequence[tuple[int, int]], hidden: int, kind: str, target: float, inject: bool, seed: int
+        self,
+        features: Sequence[tuple[int, int]],
+        hidden: int,
+        kind: str,
+        target: float,
+        *,
+        inject: bool = True,
+        seed: int = 0,
+        per: str = "sample",
+        survival: str = "constant",
+        min_active: int = 0,
     ) -> None:
         """Create one gate per ``(features, channel_dim)``."""
         super().__init__()
         self.kind, self.target, self.inject = kind, target, inject
+        self.per, self.survival, self.min_active = per, survival, min_active
         self.sampled = False
         self.gates = nn.ModuleList(Gate(f, hidden, dim) for f, dim in features)
         self.lstm = nn.LSTMCell(hidden, hidden)
@@ -84,22 +100,22 @@ class SLUGates(nn.Module):
             "weight": torch.full((n,), 1.0 / max(n, 1)),
             "price": torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(min(max(target, 1e-3), 0.999))),
             "steps": torch.zeros((), dtype=torch.int64),
-            "opened": torch.zeros(n, dtype=torch.float64),
-            "decided": torch.zeros(n, dtype=torch.float64),
-            "opened_eval": torch.zeros(n, dtype=torch.float64),
-            "decided_eval": torch.zeros(n, dtype=torch.float64),
             "random_state": torch.Generator().manual_seed(seed).get_state(),
         }.items():
             self.register_buffer(name, value)
+        for name in _COUNTERS:
+            self.register_buffer(name, torch.zeros(n, dtype=torch.float64))
         self.weight: Tensor
         self.price: Tensor
         self.steps: Tensor
+        self.random_state: Tensor
         self.opened: Tensor
         self.decided: Tensor
+        self.varied: Tensor
         self.opened_eval: Tensor
         self.decided_eval: Tensor
-        self.random_state: Tensor
-        self._executed: list[tuple[int, Tensor]] = []
+        self._executed: list[tuple[int, Tensor, Tensor]] = []
+        self._rates: tuple[int, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_executed": []}
@@ -122,7 +138,8 @@ class SLUGates(nn.Module):
 
     def _learned(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         gate: Gate = self.gates[index]  # type: ignore[assignment]
-        features = gate.embed(gate.pool(fork))
+        pooled = gate.pool(fork)
+        features = gate.embed(pooled.mean(0, keepdim=True) if self.per == "batch" else pooled)
         state = None if previous is None else (previous[1], previous[2])
         h, c = self.lstm(features, state)
         logit = self.head(h).squeeze(1)
@@ -131,12 +148,15 @@ class SLUGates(nn.Module):
         score = score - self.price * relative
         alpha = self.ALPHA if self.inject and self.training else 0.0
         mask: Tensor = _HardDecision.apply(score, relative * alpha)  # type: ignore[no-untyped-call]
+        mask = self._enough(mask.expand(fork.shape[0]), score)
         self._record(index, mask, score)
         return mask, h, c
 
     def _standardise(self, gate: Gate, logit: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled() and logit.numel() > 1):
+        if not (self.training and torch.is_grad_enabled()):
             return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
+        if logit.numel() == 1:
+            return self._standardise_one(gate, logit)
         # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
         # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
         mean, var = logit.mean(), logit.var(correction=0)
@@ -146,35 +166,77 @@ class SLUGates(nn.Module):
             gate.logit_var.lerp_(var, momentum)
         return (logit - mean) / (var + 1e-8).sqrt()
 
+    def _standardise_one(self, gate: Gate, logit: Tensor) -> Tensor:
+        """By running statistics, since one logit has no spread of its own; updated only where batches are decided."""
+        if self.per == "batch":
+            with torch.no_grad():
+                momentum = max(self.MOMENTUM, 1.0 / (int(self.steps) + 1))
+                away = (logit - gate.logit_mean).squeeze()
+                gate.logit_var.add_(momentum * away.square()).mul_(1.0 - momentum)
+                gate.logit_mean.add_(momentum * away)
+        return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
+
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
         empty = fork.new_zeros(())
         if self.kind == "random" and (self.training or self.sampled):
-            generator = torch.Generator().set_state(self.random_state.cpu())
-            mask = torch.rand(batch, generator=generator).to(fork.device) >= self.target
-            self.random_state.copy_(generator.get_state())
-            decision = mask.to(torch.float32)
+            decision = self._thrown(index, batch).to(fork.device)
         else:
             decision = torch.full((batch,), 0.0 if self.kind == "closed" else 1.0, device=fork.device)
         self._record(index, decision, None)
+        if index == 0 and self.training and torch.is_grad_enabled() and processes_wait():
+            decision = _WithZeroGradients.apply(decision, *self.parameters())  # type: ignore[no-untyped-call]
         return decision, empty, empty
 
-    @property
-    def survival(self) -> float:
-        """Factor of a block's output in evaluation: stochastic depth's expected value, else 1."""
+    def _thrown(self, index: int, batch: int) -> Tensor:
+        """Decisions by dice that are the gates' own, so that a run is the same whatever else draws numbers."""
+        generator = torch.Generator().set_state(self.random_state.cpu())
+        draws = torch.rand(1 if self.per == "batch" else batch, generator=generator)
+        self.random_state.copy_(generator.get_state())
+        decision = (draws >= self.skip_rate(index)).to(torch.float32).expand(batch)
+        return self._enough(decision, draws)
+
+    def _enough(self, mask: Tensor, score: Tensor) -> Tensor:
+        """Open the closed samples with the highest scores until ``min_active`` are open."""
+        wanted = min(self.min_active, len(mask)) if self.training else 0
+        if wanted == 0:
+            return mask
+        closed = mask.detach() == 0
+        missing = wanted - int((~closed).sum())
+        if missing <= 0:
+            return mask
+        nearest = score.detach().expand(len(mask)).masked_fill(~closed, -torch.inf).topk(missing).indices
+        return mask + torch.zeros_like(mask).index_fill(0, nearest, 1.0)
+
+    def skip_rate(self, index: int) -> float:
+        """Probability that a random gate closes; linear in the depth or the target for all."""
+        if self.survival == "constant":
+            return self.target
+        version = self.weight._version
+        if self._rates is None or self._rates[0] != version:
+            self._rates = version, linear_rates(self.weight, self.target)
+        return self._rates[1][index]
+
+    def factor(self, index: int) -> float:
+        """Factor of a block's output: its survival rate where random gates are evaluated by expectation, else 1."""
         expected = self.kind == "random" and not self.training and not self.sampled
-        return 1.0 - self.target if expected else 1.0
+        return 1.0 - self.skip_rate(index) if expected else 1.0
 
     def _record(self, index: int, mask: Tensor, score: Tensor | None) -> None:
         opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
-        opened[index] += mask.detach().sum()
-        decided[index] += mask.numel()
-        if self.training and score is not None and torch.is_grad_enabled():
-            self._executed.append((index, score))
+        samples = mask.numel()
+        total = mask.detach().sum()
+        share = total / samples
+        opened[index] += total
+        decided[index] += samples
+        if self.training:
+            self.varied[index] += share * (1.0 - share) * samples
+            if score is not None and torch.is_grad_enabled():
+                self._executed.append((index, score, share))
 
     def cost_term(self) -> Tensor:
         """Differentiable expected energy share of the gated blocks in the last forward pass (C in the paper), 0-d."""
-        terms = [self.weight[i] * torch.sigmoid(score).mean() for i, score in self._executed]
+        terms = [self.weight[i] * torch.sigmoid(score).mean() for i, score, _ in self._executed]
         return torch.stack(terms).sum() if terms else self.weight.new_zeros(())
 
     def begin(self) -> None:
@@ -185,15 +247,16 @@ class SLUGates(nn.Module):
         """A forward pass is over: move the price of energy towards the target by what was executed."""
         if self._executed:
             with torch.no_grad():
-                executed = torch.stack([self.weight[i] * (s > 0).float().mean() for i, s in self._executed]).sum()
+                indices = [i for i, _, _ in self._executed]
+                executed = (self.weight[indices] * torch.stack([share for _, _, share in self._executed])).sum()
                 self.price += self.GAIN * (executed - (1.0 - self.target))
                 self.price.clamp_(-self.LIMIT, self.LIMIT)
                 self.steps += 1
 
     def reset_statistics(self) -> None:
         """Forget the counts of opened and decided samples."""
-        for counter in (self.opened, self.decided, self.opened_eval, self.decided_eval):
-            counter.zero_()
+        for name in _COUNTERS:
+            self.get_buffer(name).zero_()
 
     def skip_ratio(self, evaluation: bool = False) -> float | None:
         """Energy-weighted share of the gated blocks that was skipped, None before anything was decided."""
@@ -206,6 +269,52 @@ class SLUGates(nn.Module):
         if len(self.gates) == 0 or bool((decided == 0).any()):
             return None
         return (1.0 - opened / decided).cpu()
+
+    def spread(self, evaluation: bool = False) -> Tensor | None:
+        """How much decisions differ between samples, (gates,): their standard deviation, at most 0.5.
+
+        In training within the same batch, averaged over batches, since between batches the gates learn; in evaluation
+        over all samples. None before anything was decided.
+        """
+        skipped = self.skipped_share(evaluation)
+        if skipped is None:
+            return None
+        variance = skipped * (1.0 - skipped) if evaluation else (self.varied / self.decided).cpu()
+        return variance.clamp(min=0.0).sqrt()
+
+
+def linear_rates(weight: Tensor, target: float) -> list[float]:
+    """Skip rates that grow linearly with depth, at most to 1, and whose mean weighted by ``weight`` is ``target``.
+
+    The linear decay of survival of Huang et al. 2016 ("Deep networks with stochastic depth", section 3); the published
+    rule, which fixes the rate of the last block, is the special case of equal weights and a low target.
+    """
+    energy = weight.detach().cpu().double()
+    depth = torch.arange(1, len(energy) + 1, dtype=torch.float64) / len(energy)
+    low, high = 0.0, float(len(energy))
+    for _ in range(60):
+        slope = (low + high) / 2
+        reached = float((energy * (slope * depth).clamp(max=1.0)).sum())
+        low, high = (slope, high) if reached < target * float(energy.sum()) else (low, slope)
+    return (high * depth).clamp(max=1.0).tolist()
+
+
+def processes_wait() -> bool:
+    """Whether other processes may wait for a gradient of every parameter, also of those that were not used."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """The decision as it is; gates that did not decide get gradients of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, decision: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
+        return decision.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
 class _HardDecision(torch.autograd.Function):

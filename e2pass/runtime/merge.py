@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ def merge_masked(shortcut: Tensor, body: Tensor, gate: tuple[Tensor, ...], scale
     return shortcut + per_sample(mask * scale if scale != 1.0 else mask, body) * body
 
 
-def merge_gathered(shortcut: Tensor, body: Tensor | None, mask: Tensor, index: Tensor | None) -> Tensor:
+def merge_gathered(
+    shortcut: Tensor, body: Tensor | None, mask: Tensor, index: Tensor | None, untouched: Sequence[Tensor] = ()
+) -> Tensor:
     """Add the body's results for the open samples to the shortcut.
 
     Args:
@@ -28,9 +31,10 @@ def merge_gathered(shortcut: Tensor, body: Tensor | None, mask: Tensor, index: T
         mask: (B,) decisions in {0, 1}; its gradient for an open sample is the inner product of the sample's body
             with the gradient of the sum, for a closed one zero: its body is not known.
         index: (n,) positions of the open samples; None if all are open.
+        untouched: Parameters of a body that did not run which get a gradient of zeros, not none.
     """
     if body is None:
-        return _Closed.apply(shortcut, mask)  # type: ignore[no-untyped-call, no-any-return]
+        return _Closed.apply(shortcut, mask, *untouched)  # type: ignore[no-untyped-call, no-any-return]
     if not mask.requires_grad:
         return shortcut + body if index is None else shortcut.index_add(0, index, body)
     return _Gathered.apply(shortcut, body, mask, index)  # type: ignore[no-untyped-call, no-any-return]
@@ -47,20 +51,27 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         body, index = ctx.saved_tensors
         open_grad = grad if index is None else grad.index_select(0, index)
-        inner = (open_grad * body).flatten(1).sum(1).to(ctx.dtype)
+        inner = _inner(open_grad, body).to(ctx.dtype)
         mask_grad = inner if index is None else inner.new_zeros(ctx.samples).index_copy(0, index, inner)
         return grad, open_grad, mask_grad, None
 
 
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each sample of (n, ...); as a matrix product where that needs no copy."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1)).view(len(a))
+    return (a * b).flatten(1).sum(1)
+
+
 class _Closed(torch.autograd.Function):
-    """A copy of the shortcut, so that an in-place consumer cannot reach the fork; the mask's gradient is zero."""
+    """A copy of the shortcut, so that an in-place consumer cannot reach the fork; all other gradients are zero."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, mask: Tensor) -> Tensor:
-        ctx.mask = mask.shape, mask.dtype
+    def forward(ctx: Any, shortcut: Tensor, mask: Tensor, *untouched: Tensor) -> Tensor:
+        ctx.zeros = [(t.shape, t.dtype) for t in (mask, *untouched)]
         return shortcut.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        shape, dtype = ctx.mask
-        return grad, grad.new_zeros(shape, dtype=dtype)
+        wanted = zip(ctx.zeros, ctx.needs_input_grad[1:], strict=True)
+        return grad, *(grad.new_zeros(shape, dtype=dtype) if wants else None for (shape, dtype), wants in wanted)

@@ -14,7 +14,7 @@ from e2pass.capture import Capture
 from e2pass.config import Config
 from e2pass.errors import E2PassError
 from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
-from e2pass.runtime.gates import SLUGates
+from e2pass.runtime.gates import SLUGates, processes_wait
 from e2pass.runtime.merge import merge_gathered, merge_masked
 from e2pass.runtime.runner import LoweringCache, RegionRunner
 from e2pass.runtime.scales import RunningScales
@@ -252,19 +252,27 @@ class _Run:
         assert slu is not None
         inputs = [values[n] for n in step.body.inputs]
         shortcut, gate = values[step.shortcut], values[step.gate]
+        factor = slu.factor(step.index)
         if self.masked:
             (body,) = self._region(step.body, inputs, None)
-            return merge_masked(shortcut, body, gate, slu.survival)
+            return merge_masked(shortcut, body, gate, factor)
         mask: Tensor = gate[0]
-        index = mask.detach().nonzero().squeeze(1)
-        if len(index) == len(mask):
+        index = None if slu.kind == "open" else mask.detach().nonzero().squeeze(1)
+        if index is None or len(index) == len(mask):
             (body,) = self._region(step.body, inputs, None)
-            return merge_gathered(shortcut, body * slu.survival if slu.survival != 1.0 else body, mask, None)
+            return merge_gathered(shortcut, body * factor if factor != 1.0 else body, mask, None)
         if len(index) == 0:
-            return merge_gathered(shortcut, None, mask, None)
+            return merge_gathered(shortcut, None, mask, None, self._untouched(step.body))
         chosen = [_rows(t, index, k) for t, k in zip(inputs, step.body.rows, strict=True)]
         (body,) = self._region(step.body, chosen, len(mask))
         return merge_gathered(shortcut, body, mask, index)
+
+    def _untouched(self, body: Region) -> list[Tensor]:
+        """The parameters of a body that nobody entered, where processes wait for a gradient of each of them."""
+        if not processes_wait():
+            return []
+        parameters = (registry[leaf] for registry, leaf in self.runners[body.name].parameters)
+        return [p for p in parameters if p.requires_grad]
 
 
 def _ignore(*_: Any) -> None:
