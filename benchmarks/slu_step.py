@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def make_step(model: str, variant: str) -> Callable[[], None]:
         if kind == "learned,":
             assert t.model.e2_slu is not None
             t.model.e2_slu.price.fill_(-8.0)
-            t.model.e2_slu.GAIN, t.model.e2_slu.LIMIT = 0.0, 8.0  # type: ignore[misc]
+            t.model.e2_slu.GAIN, t.model.e2_slu.LIMIT = 0.0, 8.0
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -115,10 +114,16 @@ def peak_memory(model: str, variant: str) -> float:
 def _peak_memory(model: str, variant: str, threads: int) -> float:
     torch.set_num_threads(threads)
     step = make_step(model, variant)
-    before = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
+    before = _resident("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(key + ":"))) / 2**10
 
 
 def measure(model: str, rounds: int, clock: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 _COUNTERS = ("opened", "decided", "varied", "opened_eval", "decided_eval")
 
@@ -49,6 +50,28 @@ class Gate(nn.Module):
         dims = [d for d in range(1, x.dim()) if d != self.channel_dim]
         x = x.detach()
         return (x.mean(dims) if dims else x).to(self.embed.weight.dtype)
+
+
+class _Pass:
+    """What the gates share in one forward pass.
+
+    Attributes:
+        offsets: What each gate adds to its standardised logit: its eagerness less the price of its block; 0-d each.
+        costs: Weight of the compute term in each gate's backward; 0-d each.
+        step: Steps that the controller has done before; 0 in evaluation.
+        decisions: Gate and decision (B,), in the order they were made.
+        generator: State of the random gates' dice.
+    """
+
+    def __init__(self, slu: SLUGates) -> None:
+        if slu.kind == "learned":
+            eagerness = torch.stack([gate.eagerness for gate in slu.gates])  # type: ignore[misc]
+            relative = slu.weight * len(slu.gates)
+            self.offsets = (eagerness.clamp(-Gate.REACH, Gate.REACH) - slu.price * relative).unbind()
+            self.costs = (relative * (slu.ALPHA if slu.inject and slu.training else 0.0)).unbind()
+            self.step = int(slu.steps) if slu.training else 0
+        self.decisions: list[tuple[int, Tensor]] = []
+        self.generator: torch.Generator | None = None
 
 
 class SLUGates(nn.Module):
@@ -114,11 +137,12 @@ class SLUGates(nn.Module):
         self.varied: Tensor
         self.opened_eval: Tensor
         self.decided_eval: Tensor
-        self._executed: list[tuple[int, Tensor, Tensor]] = []
+        self._pass: _Pass | None = None
+        self._scores: list[tuple[int, Tensor]] = []
         self._rates: tuple[int, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_executed": []}
+        return {**self.__dict__, "_pass": None, "_scores": []}
 
     def forward(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         """Decide for each sample of ``fork`` whether block ``index`` runs.
@@ -142,39 +166,32 @@ class SLUGates(nn.Module):
         features = gate.embed(pooled.mean(0, keepdim=True) if self.per == "batch" else pooled)
         state = None if previous is None else (previous[1], previous[2])
         h, c = self.lstm(features, state)
-        logit = self.head(h).squeeze(1)
-        score = self._standardise(gate, logit) + gate.eagerness.clamp(-gate.REACH, gate.REACH)
-        relative = self.weight[index] * len(self.gates)
-        score = score - self.price * relative
-        alpha = self.ALPHA if self.inject and self.training else 0.0
-        mask: Tensor = _HardDecision.apply(score, relative * alpha)  # type: ignore[no-untyped-call]
-        mask = self._enough(mask.expand(fork.shape[0]), score)
+        current = self._pass or _Pass(self)
+        score = self._standardise(gate, self.head(h), current).squeeze(1) + current.offsets[index]
+        mask: Tensor = _HardDecision.apply(score, current.costs[index])  # type: ignore[no-untyped-call]
+        if self.per == "batch":
+            mask = mask.expand(fork.shape[0])
+        mask = self._enough(mask, score)
         self._record(index, mask, score)
         return mask, h, c
 
-    def _standardise(self, gate: Gate, logit: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
-        if logit.numel() == 1:
-            return self._standardise_one(gate, logit)
-        # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
-        # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
-        mean, var = logit.mean(), logit.var(correction=0)
-        with torch.no_grad():
-            momentum = self.MOMENTUM if int(self.steps) > 0 else 1.0
-            gate.logit_mean.lerp_(mean, momentum)
-            gate.logit_var.lerp_(var, momentum)
-        return (logit - mean) / (var + 1e-8).sqrt()
-
-    def _standardise_one(self, gate: Gate, logit: Tensor) -> Tensor:
-        """By running statistics, since one logit has no spread of its own; updated only where batches are decided."""
-        if self.per == "batch":
+    def _standardise(self, gate: Gate, logit: Tensor, current: _Pass) -> Tensor:
+        """Bring logits (n, 1) to mean 0 and variance 1: a batch norm without weights."""
+        mean, var = gate.logit_mean.view(1), gate.logit_var.view(1)
+        learning = self.training and torch.is_grad_enabled()
+        if learning and len(logit) > 1:
+            # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
+            # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
+            momentum = self.MOMENTUM if current.step > 0 else 1.0
+            return functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=1e-8)
+        if learning and self.per == "batch":
+            # One logit has no spread of its own, so running statistics have to do.
             with torch.no_grad():
-                momentum = max(self.MOMENTUM, 1.0 / (int(self.steps) + 1))
-                away = (logit - gate.logit_mean).squeeze()
-                gate.logit_var.add_(momentum * away.square()).mul_(1.0 - momentum)
-                gate.logit_mean.add_(momentum * away)
-        return (logit - gate.logit_mean) / (gate.logit_var + 1e-8).sqrt()
+                momentum = max(self.MOMENTUM, 1.0 / (current.step + 1))
+                away = (logit - mean).view(1)
+                var.add_(momentum * away.square()).mul_(1.0 - momentum)
+                mean.add_(momentum * away)
+        return functional.batch_norm(logit, mean.clone(), var.clone(), eps=1e-8)
 
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
@@ -190,9 +207,13 @@ class SLUGates(nn.Module):
 
     def _thrown(self, index: int, batch: int) -> Tensor:
         """Decisions by dice that are the gates' own, so that a run is the same whatever else draws numbers."""
-        generator = torch.Generator().set_state(self.random_state.cpu())
+        current = self._pass
+        generator = (current.generator if current else None) or torch.Generator().set_state(self.random_state.cpu())
         draws = torch.rand(1 if self.per == "batch" else batch, generator=generator)
-        self.random_state.copy_(generator.get_state())
+        if current is None:
+            self.random_state.copy_(generator.get_state())
+        else:
+            current.generator = generator
         decision = (draws >= self.skip_rate(index)).to(torch.float32).expand(batch)
         return self._enough(decision, draws)
 
@@ -223,35 +244,42 @@ class SLUGates(nn.Module):
         return 1.0 - self.skip_rate(index) if expected else 1.0
 
     def _record(self, index: int, mask: Tensor, score: Tensor | None) -> None:
-        opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
-        samples = mask.numel()
-        total = mask.detach().sum()
-        share = total / samples
-        opened[index] += total
-        decided[index] += samples
-        if self.training:
-            self.varied[index] += share * (1.0 - share) * samples
-            if score is not None and torch.is_grad_enabled():
-                self._executed.append((index, score, share))
+        if self._pass is not None:
+            self._pass.decisions.append((index, mask.detach()))
+            if score is not None and self.training and torch.is_grad_enabled():
+                self._scores.append((index, score))
 
     def cost_term(self) -> Tensor:
         """Differentiable expected energy share of the gated blocks in the last forward pass (C in the paper), 0-d."""
-        terms = [self.weight[i] * torch.sigmoid(score).mean() for i, score, _ in self._executed]
+        terms = [self.weight[i] * torch.sigmoid(score).mean() for i, score in self._scores]
         return torch.stack(terms).sum() if terms else self.weight.new_zeros(())
 
     def begin(self) -> None:
-        """A forward pass begins."""
-        self._executed = []
+        """A forward pass begins: do once what all gates need."""
+        self._pass = _Pass(self)
+        self._scores = []
 
+    @torch.no_grad()
     def settle(self) -> None:
-        """A forward pass is over: move the price of energy towards the target by what was executed."""
-        if self._executed:
-            with torch.no_grad():
-                indices = [i for i, _, _ in self._executed]
-                executed = (self.weight[indices] * torch.stack([share for _, _, share in self._executed])).sum()
-                self.price += self.GAIN * (executed - (1.0 - self.target))
-                self.price.clamp_(-self.LIMIT, self.LIMIT)
-                self.steps += 1
+        """A forward pass is over: count its decisions, and move the price of energy towards the target by them."""
+        current, self._pass = self._pass, None
+        if current is None or not current.decisions:
+            return
+        if current.generator is not None:
+            self.random_state.copy_(current.generator.get_state())
+        index = torch.tensor([i for i, _ in current.decisions], device=self.weight.device)
+        share = torch.stack([mask for _, mask in current.decisions]).to(torch.float64).mean(1)
+        samples = len(current.decisions[0][1])
+        opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
+        opened.index_add_(0, index, samples * share)
+        decided.index_add_(0, index, torch.full_like(share, samples))
+        if self.training:
+            self.varied.index_add_(0, index, samples * share * (1.0 - share))
+        if self._scores:
+            executed = (self.weight[index] * share).sum()
+            self.price += self.GAIN * (executed - (1.0 - self.target))
+            self.price.clamp_(-self.LIMIT, self.LIMIT)
+            self.steps += 1
 
     def reset_statistics(self) -> None:
         """Forget the counts of opened and decided samples."""

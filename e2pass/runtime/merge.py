@@ -51,16 +51,9 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         body, index = ctx.saved_tensors
         open_grad = grad if index is None else grad.index_select(0, index)
-        inner = _inner(open_grad, body).to(ctx.dtype)
+        inner = (open_grad * body).flatten(1).sum(1).to(ctx.dtype)
         mask_grad = inner if index is None else inner.new_zeros(ctx.samples).index_copy(0, index, inner)
         return grad, open_grad, mask_grad, None
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each sample of (n, ...); as a matrix product where that needs no copy."""
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1)).view(len(a))
-    return (a * b).flatten(1).sum(1)
 
 
 class _Closed(torch.autograd.Function):
