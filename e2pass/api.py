@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from e2pass.backends.fpga.model import FpgaCostModel
 from e2pass.backends.graph import GraphWriters
 from e2pass.capture import capture
 from e2pass.compiler import require_compiler
-from e2pass.config import Config, resolve
+from e2pass.config import PSG, SLU, SMD, Bits, Config, resolve
 from e2pass.cost import CostModel
 from e2pass.diagnostics import Diagnostics, Severity
 from e2pass.errors import InputError, StrictError
@@ -23,11 +24,12 @@ from e2pass.passes.drop_batches import DropBatches
 from e2pass.passes.find_residual_blocks import FindResidualBlocks
 from e2pass.passes.insert_gates import InsertGates
 from e2pass.passes.lower import Lower
-from e2pass.passes.manager import PassManager
+from e2pass.passes.manager import OnPass, PassManager
 from e2pass.passes.outline import Outline
 from e2pass.passes.predict_signs import PredictSigns
 from e2pass.passes.price import Price, WeighGates
 from e2pass.passes.quantize import Quantize
+from e2pass.passes.registry import parse
 from e2pass.program import Program
 from e2pass.rates import PredictorHardware
 from e2pass.report import CostReport
@@ -115,6 +117,48 @@ def analyze(
     settings = resolve(config)
     loader = [None, None] if settings.smd is not None else None
     return transform(model, example_inputs, loader, config=settings, board=board).report(hardware=hardware)
+
+
+def run_passes(
+    model: nn.Module, example_inputs: Any, passes: str, *, board: Any = "zedboard", on_pass: OnPass | None = None
+) -> Program:
+    """Run a pipeline given as text, such as ``find-residual-blocks,insert-gates{hidden=10},outline,lower``.
+
+    Args:
+        model: Any ``nn.Module``; it is not changed.
+        example_inputs: As for ``transform``.
+        passes: Names and options of the passes, in order; what is not among them does not happen.
+        board: As for ``transform``; for the passes that price.
+        on_pass: Called after each pass with the pass, its result and the seconds it took.
+
+    Raises:
+        ConfigError: For text that is no pipeline.
+        PassError: For a pass whose requirements no earlier one establishes.
+    """
+    step = TrainingStep(_cost_model(board))
+    chosen = parse(passes, step=step)
+    program = _program(model, example_inputs, _config_of(chosen), inplace=False)
+    if program.config.smd is not None:
+        program.loader = [None, None]
+    return PassManager(chosen, on_pass).run(program)
+
+
+def _config_of(passes: Sequence[Pass]) -> Config:
+    """The configuration that a pipeline amounts to."""
+    sections = {
+        InsertGates: ("slu", SLU),
+        Quantize: ("bits", Bits),
+        PredictSigns: ("psg", PSG),
+        DropBatches: ("smd", SMD),
+    }
+    found: dict[str, Any] = {"smd": None, "slu": None, "psg": None, "bits": None}
+    for item in passes:
+        if type(item) in sections:
+            key, section = sections[type(item)]
+            found[key] = section(**dataclasses.asdict(item))
+    if found["bits"] is None:
+        found["psg"] = None  # the pass itself will say that it needs operands
+    return Config(**found)
 
 
 def pipeline(config: Config, step: TrainingStep | None = None) -> list[Pass]:

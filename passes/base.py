@@ -67,7 +67,7 @@ class Pass(ABC):
         given = {}
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            if value != option.default:
+            if option.compare and value != option.default:
                 given[option.name.replace("_", "-")] = value
         return given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -41,15 +41,19 @@ def get(name: str) -> type[Pass]:
     return found
 
 
-def parse(text: str) -> list[Pass]:
+def parse(text: str, **given: Any) -> list[Pass]:
     """Read a pipeline such as ``find-residual-blocks,insert-gates{skip=0.4,gate=random}``.
 
     The inverse of ``Pass.spec`` for passes whose options are numbers, words, truth values and tuples of words.
 
+    Args:
+        text: The pipeline.
+        given: Options that text cannot give, by name, for the passes that need them (``step`` for those that price).
+
     Raises:
         ConfigError: For text that is no pipeline, an unknown pass or option, or a value of the wrong kind.
     """
-    return [_make(name, options) for name, options in _specs(text)]
+    return [_make(name, options, given) for name, options in _specs(text)]
 
 
 def _specs(text: str) -> Iterator[tuple[str, str]]:
@@ -67,11 +71,11 @@ def _specs(text: str) -> Iterator[tuple[str, str]]:
         position += 1
 
 
-def _make(name: str, text: str) -> Pass:
+def _make(name: str, text: str, given: Mapping[str, Any]) -> Pass:
     kind = get(name)
     types = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {key: value for key, value in given.items() if key in fields}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
         field = key.replace("-", "_")

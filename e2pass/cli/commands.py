@@ -9,7 +9,9 @@ import typer
 
 from e2pass.cli.cost import analyze, compare
 from e2pass.cli.errors import one_line_errors
-from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, check_output, keyword_arguments
+from e2pass.cli.inspection import inspect
+from e2pass.cli.opt import opt
+from e2pass.cli.options import check_output
 
 app = typer.Typer(
     name="e2pass",
@@ -34,27 +36,8 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 app.command()(analyze)
 app.command()(compare)
-
-
-@app.command()
-def inspect(
-    model: Model,
-    arguments: Arguments = None,
-    *,
-    shapes: Input,
-    kwargs: Keywords = None,
-    config: Annotated[str, typer.Option(help="Preset to transform with")] = "e2train",
-    board: BoardName = "zedboard",
-) -> None:
-    """Show the residual blocks of MODEL with their reasons, and everything a transformation would say."""
-    with one_line_errors():
-        from e2pass.api import transform
-        from e2pass.cli.output import print_inspection
-        from e2pass.cli.target import build_model, parse_inputs
-
-        inputs = parse_inputs(shapes)
-        t = transform(build_model(model, keyword_arguments(arguments, kwargs)), inputs, config=config, board=board)
-        print_inspection(t)
+app.command()(inspect)
+app.command()(opt)
 
 
 @app.command()

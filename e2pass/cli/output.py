@@ -12,7 +12,6 @@ from rich.table import Table
 
 from e2pass.backends.fpga.board import list_boards, load_board
 from e2pass.report import Comparison, CostReport, save
-from e2pass.transformed import Transformed
 
 
 def write_report(report: CostReport, fmt: str, out: Path | None) -> None:
@@ -44,23 +43,9 @@ def _write(shown: RenderableType, text: Callable[[], str], fmt: str, out: Path |
     if out is not None:
         save(text(), out)
     elif fmt == "table":
-        _console().print(shown)
+        console().print(shown)
     else:
         typer.echo(text(), nl=False)
-
-
-def print_inspection(t: Transformed) -> None:
-    """Print the blocks with their reasons, and the diagnostics."""
-    console = _console()
-    table = Table(title=f"residual blocks: {len(t.blocks)}, gated: {sum(b.gated for b in t.blocks)}")
-    for heading in ("block", "kind", "nodes", "gated", "reason"):
-        table.add_column(heading, justify="right" if heading == "nodes" else "left", overflow="fold")
-    for block in t.blocks:
-        table.add_row(block.name, block.kind, str(len(block.nodes)), "yes" if block.gated else "no", block.reason)
-    console.print(table)
-    console.print(f"diagnostics: {len(t.diagnostics)}")
-    for diagnostic in t.diagnostics:
-        console.print(str(diagnostic), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_boards() -> None:
@@ -69,7 +54,7 @@ def print_boards() -> None:
     for name in list_boards():
         board = load_board(name)
         table.add_row(name, board.title, f"{board.clock_mhz.value:g} MHz")
-    _console().print(table)
+    console().print(table)
 
 
 def print_board(name: str) -> None:
@@ -78,9 +63,10 @@ def print_board(name: str) -> None:
     table = Table("key", "value", "evidence", "source", title=board.title)
     for key, quantity in board.quantities():
         table.add_row(key, f"{quantity.value:g}", quantity.evidence, quantity.source)
-    _console().print(table)
+    console().print(table)
 
 
-def _console() -> Console:
+def console() -> Console:
+    """A console as wide as the terminal; 140 columns where there is none."""
     # Without a terminal rich assumes 80 columns and would fold the numbers of a piped table.
     return Console() if sys.stdout.isatty() else Console(width=140)
