@@ -156,7 +156,7 @@ def test_a_shared_weight_is_signed_once_behind_the_sums_over_its_uses() -> None:
     assert {n for n in above if n.startswith("weight_sum/")} == {
         n.name for n in graph.nodes if n.name.startswith("weight_sum/1.body.0.weight_") and n.name != signed
     }
-    assert sum(n.site.op == "aten.sign.default" for n in graph.select(path="1.body.0").nodes) == 1
+    assert sum(n.site.op.endswith(".sign.default") for n in graph.select(path="1.body.0").nodes) == 1
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     assert all(order[edge.source] < order[edge.target] for edge in graph.edges)
     bodies = {graph[n].site.region for n in above}
