@@ -46,6 +46,10 @@ PYTORCHCV = """
     densenet_cifar.densenet40_k12_bc_cifar10 xdensenet_cifar.xdensenet40_2_k24_bc_cifar10 nin_cifar.nin_cifar10
     shakeshakeresnet_cifar.shakeshakeresnet20_2x16d_cifar10 ror_cifar.ror3_56_cifar10
 """.split()  # noqa: SIM905
+EXPLAINED = {
+    "transformers Wav2Vec2Model": "while training the model asks for the gradient of its own input, which is not used: "
+    "the dX of its first convolution",
+}
 MATRIX = {"mm", "addmm", "bmm", "baddbmm"}
 KINDS = ("forward convolution", "dX convolution", "dW convolution", "forward product", "backward product")
 
@@ -214,6 +218,7 @@ def _note(row: Row) -> str:
     notes = ["grouped"] if row.grouped else []
     notes += [f"not priced: {', '.join(row.unpriced)}"] if row.unpriced else []
     notes += [row.error] if row.error else []
+    notes += [EXPLAINED[row.model]] if row.model in EXPLAINED else []
     if not row.error and not row.equal:
         kinds = sorted(set(row.analyzed) | set(row.torch))
         notes += [f"torch: {k} {row.torch.get(k, 0):,}" for k in kinds if row.analyzed.get(k, 0) != row.torch.get(k, 0)]

@@ -28,10 +28,11 @@ class Lower(Pass):
         batch = program.inputs.batch_size
         mode = program.model.training
         program.model.train()
+        root = program.graphs["train"]  # the model's parameters and modules, and the constants that capture lifted
         try:
             for region in program.plans["train"].regions:
                 try:
-                    joint = lower(fx.GraphModule(program.model, region.graph), region.specs, batch)
+                    joint = lower(fx.GraphModule(root, region.graph), region.specs, batch)
                 except LoweringError as error:
                     diagnostics.warn(
                         "E2P301", region.name, str(error), "it runs as plain PyTorch and has no price; see the coverage"

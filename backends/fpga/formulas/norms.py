@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from e2pass.backends.fpga.formulas.common import stream, tensor
+from e2pass.backends.fpga.formulas.common import DIVIDE, SQRT, stream, tensor
 from e2pass.backends.fpga.registry import register_cost
 from e2pass.backends.fpga.workload import Alu, Reread, Work
 from e2pass.cost import OpSite, TensorSpec
@@ -92,6 +92,25 @@ def group_norm_backward(site: OpSite) -> Work:
     gy, x, samples, groups = tensor(site, 0), tensor(site, 1), site.args[5], site.args[8]
     part = (x.bytes + gy.bytes) / max(1, samples * groups)
     return _backward(site, "group norm backward", x, (Reread(x.bytes, part, x.saved), Reread(gy.bytes, part)))
+
+
+@register_cost("aten._weight_norm_interface")
+def weight_norm(site: OpSite) -> Work:
+    """``g * v / |v|``: squares and their sum over each slice, a root for each norm, then a product per element."""
+    v, norms = tensor(site, 0), site.outputs[1]
+    alu = Alu(1, 2).times(v.numel).plus(SQRT.plus(DIVIDE).times(norms.numel))
+    rereads = (Reread(v.bytes, v.bytes / max(1, norms.numel)),)
+    return stream(site, "weight norm: norms, then scale", alu, elements=1, rereads=rereads)
+
+
+@register_cost("aten._weight_norm_interface_backward")
+def weight_norm_backward(site: OpSite) -> Work:
+    """The sum of ``gw * v`` over each slice, then both gradients: two products and a difference per element."""
+    gw, v, norms = tensor(site, 0), tensor(site, 1), tensor(site, 3)
+    alu = Alu(2, 3).times(v.numel).plus(DIVIDE.times(2).times(norms.numel))
+    part = (gw.bytes + v.bytes) / max(1, norms.numel)
+    rereads = (Reread(gw.bytes, part), Reread(v.bytes, part))
+    return stream(site, "weight norm backward", alu, elements=1, rereads=rereads)
 
 
 def _backward(site: OpSite, formula: str, x: TensorSpec, rereads: tuple[Reread, ...]) -> Work:
