@@ -8,7 +8,6 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 import e2pass
 from e2pass.transformed import Transformed
@@ -82,98 +81,10 @@ def test_tied_weights_are_signed_once(name: str) -> None:
         assert {"block.body.0.0.weight", "block.body.2.0.weight"} <= weights
 
 
-# An independent reference: integer codes in int64, products in float64
-
-
 def codes_of(x: Tensor, bits: int) -> tuple[Tensor, float]:
     limit = 2 ** (bits - 1) - 1
     scale = (x.detach().abs().max() / limit).item()
     return torch.clamp(torch.round(x.detach() / scale), -limit, limit).long(), scale
-
-
-def high_part(codes: Tensor, bits: int, keep: int) -> Tensor:
-    step = 2 ** (bits - keep)
-    rounded = torch.floor(codes.double() / step + 0.5).long()
-    high: Tensor = rounded.clamp(max=2 ** (keep - 1) - 1) * step
-    return high
-
-
-def weight_gradient(layer: nn.Module, x: Tensor, gy: Tensor) -> Tensor:
-    if isinstance(layer, nn.Conv2d):
-        shape = tuple(layer.weight.shape)
-        weight: Tensor = conv2d_weight(x.double(), shape, gy.double(), layer.stride, layer.padding)
-        return weight
-    product: Tensor = torch.einsum("bi,bo->oi", x.double(), gy.double())
-    return product
-
-
-LAYERS = [
-    (lambda: nn.Linear(12, 10), (16, 12)),
-    (lambda: nn.Conv2d(3, 5, 3, 2, 1), (4, 3, 9, 9)),
-    (lambda: nn.Conv2d(4, 6, 1, bias=False), (4, 4, 5, 5)),
-]
-
-
-@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "conv", "pointwise"])
-@pytest.mark.parametrize("beta", [0.0, 0.05, 0.3, 1.0])
-@pytest.mark.parametrize("scale", ["unit", "mean"])
-def test_one_layer_against_integer_arithmetic(make, shape: tuple[int, ...], beta: float, scale: str) -> None:  # type: ignore[no-untyped-def]
-    torch.manual_seed(0)
-    layer, x = make(), torch.randn(shape)
-    psg = e2pass.PSG(beta=beta, scale=scale, stats=True)
-    t = e2pass.transform(layer, x, config=e2pass.Config(smd=None, slu=None, psg=psg))
-    output = t.model(x)
-    (xc, xs), (wc, ws) = codes_of(x, 8), codes_of(layer.weight, 8)
-    reference = copy.deepcopy(layer).double()
-    with torch.no_grad():
-        reference.weight.copy_(wc.double() * ws)
-    torch.testing.assert_close(output.double(), reference(xc.double() * xs), rtol=1e-5, atol=1e-5)
-
-    gy = torch.randn(output.shape)
-    output.backward(gy)
-    gc, gs = codes_of(gy, 16)
-    predicted = weight_gradient(layer, high_part(xc, 8, 4), high_part(gc, 16, 10)) * xs * gs
-    full = weight_gradient(layer, xc, gc) * xs * gs
-    tau = beta * predicted.abs().max()
-    confident = predicted.abs() >= tau
-    sign = torch.where(confident, predicted, full).sign()
-    clear = (predicted.abs() - tau).abs() > 1e-5 * predicted.abs().max()
-    clear &= torch.where(confident, predicted, full).abs() > 1e-5 * full.abs().max()
-    assert clear.float().mean() > 0.8
-    actual = t.model.get_parameter("weight").grad
-    assert actual is not None
-    assert torch.equal(actual.sign()[clear].double(), sign[clear])
-    magnitude = predicted.abs().mean().item() if scale == "mean" else 1.0
-    assert actual.abs().max().item() == pytest.approx(magnitude, rel=1e-4)
-    stats = t.stats()["psg"]["weight"]
-    ties = (~clear).sum().item() / clear.numel()
-    assert stats["use"] == pytest.approx(confident.double().mean().item(), abs=ties + 1e-9)
-    agree = (predicted.sign() == full.sign())[confident].double().mean().item()
-    assert stats["agreement"] == pytest.approx(agree, abs=2 * ties + 1e-9)
-    if layer.bias is not None:
-        expected = gy.flatten(2).sum((0, 2)) if gy.dim() == 4 else gy.sum(0)
-        torch.testing.assert_close(t.model.get_parameter("bias").grad, expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "conv", "pointwise"])
-def test_input_gradients_of_8_bits_against_integer_arithmetic(make, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
-    torch.manual_seed(0)
-    layer, x = make(), torch.randn(shape)
-    t = e2pass.transform(layer, x, config="8bit")
-    leaf = x.clone().requires_grad_()
-    output = t.model(leaf)
-    gy = torch.randn(output.shape)
-    output.backward(gy)
-    wc, ws = codes_of(layer.weight, 8)
-    gc, gs = codes_of(gy, 16)
-    reference = copy.deepcopy(layer).double()
-    with torch.no_grad():
-        reference.weight.copy_(wc.double() * ws)
-    again = x.double().requires_grad_()
-    reference(again).backward(gc.double() * gs)
-    assert leaf.grad is not None
-    assert again.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_freezes_the_scales_of_training() -> None:
