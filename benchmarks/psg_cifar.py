@@ -26,7 +26,7 @@ from benchmarks.slu_cifar import BATCH, Data, batches, load, normalised, save
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.2, 0.9, 5e-4
 CONFIGS: dict[str, e2pass.Config | None] = {
-    "psg": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True)),
+    "psg": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, bound=True)),
     "8bit": e2pass.Config(smd=None, slu=None, psg=None),
     "fp32": None,
     "signsgd": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(x_bits=8, gy_bits=16, beta=0.0)),

@@ -121,7 +121,8 @@ class PSG(_Section):
         exclude: Patterns of parameter names (as in a shell) that keep their full gradient.
         also: What is updated by the sign of its full gradient besides the weights of products: any of
             ``embeddings``, ``norms`` and ``biases``.
-        stats: Count predictor use and sign agreement and sum up the paper's error bound, weight by weight.
+        stats: Count predictor use and sign agreement, weight by weight.
+        bound: Sum up the paper's bound on wrong signs, too; needs ``stats``, and costs more than the counts.
     """
 
     x_bits: int = Field(4, ge=2, le=16)
@@ -136,6 +137,13 @@ class PSG(_Section):
     exclude: tuple[str, ...] = ()
     also: tuple[Literal["embeddings", "norms", "biases"], ...] = ()
     stats: bool = False
+    bound: bool = False
+
+    @model_validator(mode="after")
+    def _bound_needs_stats(self) -> PSG:
+        if self.bound and not self.stats:
+            raise ValueError("PSG(bound=True) is one of the statistics and needs stats=True")
+        return self
 
 
 class Config(_Section):

@@ -139,8 +139,8 @@ class Transformed:
         """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and, with ``PSG(stats=True)``, ``psg``.
 
         ``psg`` holds for each weight ``use`` (share of elements whose sign was predicted), ``agreement`` (share of
-        these with the sign of the full gradient), ``bound`` (the paper's bound on the share of wrong signs among
-        them, None for weights used in several regions) and the number of ``elements`` counted.
+        these with the sign of the full gradient), ``bound`` (with ``PSG(bound=True)`` the paper's bound on the share
+        of wrong signs among them; None for weights used in several regions) and the number of ``elements`` counted.
 
         ``slu`` holds the target, the skip ratios reached in training and evaluation, the controller's price, steps and
         whether the price is at its limit, and for each gated block its energy share, skip ratios and ``spread``, the

@@ -121,6 +121,7 @@ class PredictSigns(Pass):
     exclude: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     stats: bool = False
+    bound: bool = False
 
     name: ClassVar[str] = "predict-signs"
     needs: ClassVar[frozenset[str]] = frozenset({"lowered", "quantized"})
@@ -271,14 +272,17 @@ class _Rewriter:
 
     def count(self, gradient: WeightGradient, predicted: fx.Node, tau: fx.Node) -> fx.Node:
         """Statistics of one weight's selection."""
+        variance = self._variance(gradient) if self.psg.bound else None
+        full = gradient.value
+        return self._insert(full, e2.agreement.default, predicted, full, tau, variance, tag="psg.stats")
+
+    def _variance(self, gradient: WeightGradient) -> fx.Node:
         steps: dict[fx.Node, dict[int, fx.Node | None]] = {}
         for node in gradient.products:
             product = source_product(node)
             operands: dict[int, Codes] = product.meta["e2_operands"]
             steps[node] = {i: self._step(c, product) for i, c in operands.items()}
-        variance = error_variance(self.graph, gradient, steps)
-        full = gradient.value
-        return self._insert(full, e2.agreement.default, predicted, full, tau, variance, tag="psg.stats")
+        return error_variance(self.graph, gradient, steps)
 
     def _step(self, codes: Codes, product: fx.Node) -> fx.Node | None:
         """What one unit of the codes that the predictor sees is worth; None where it sees them whole."""

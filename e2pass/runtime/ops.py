@@ -76,13 +76,18 @@ def _scale(x: Tensor, bits: int, axis: int | None) -> Tensor:
         return x.new_ones(shape)
     limit = 2 ** (bits - 1) - 1
     if axis is None:
-        low, high = torch.aminmax(_dense(x))
-        peak = torch.maximum(high, -low)
+        peak = _peak(x)
     else:
         peak = x.abs().amax([d for d in range(x.dim()) if shape[d] == 1], keepdim=True).reshape(shape)
     scale = peak / limit
-    scale = torch.where(scale == 0, 1.0, scale)
-    return torch.where(peak.isinf(), torch.nan, scale)
+    result: Tensor = scale + (scale == 0) + (peak - peak)  # 1 for 0, and NaN for infinity
+    return result
+
+
+def _peak(x: Tensor) -> Tensor:
+    """The largest magnitude, NaN if there is one."""
+    low, high = torch.aminmax(_dense(x))
+    return torch.maximum(high, -low)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def msb(codes: Tensor, scale: Tensor, bits: int, keep: int, mode: str = "round")
 
 def threshold(g_msb: Tensor, beta: float) -> Tensor:
     """Return the adaptive threshold ``tau = beta * max|g_msb|`` of one weight (paper, section 3.3), 0-d."""
-    return g_msb.abs().amax() * beta
+    return _peak(g_msb) * beta
 
 
 def fixed_threshold(g_msb: Tensor, tau: float) -> Tensor:

@@ -159,6 +159,9 @@ def test_statistics_are_off_by_default_and_start_anew() -> None:
     backward(counted)
     first = counted.stats()["psg"]["head.weight"]
     assert first["elements"] == 60
+    assert first["bound"] is None
+    with pytest.raises(e2pass.E2PassError, match="needs stats=True"):
+        PSG(bound=True)
     backward(counted)
     assert counted.stats()["psg"]["head.weight"]["elements"] == 120
     counted.reset_stats()
@@ -173,7 +176,7 @@ def test_the_share_of_wrong_signs_keeps_the_papers_bound() -> None:
     for layer, shape in ((nn.Conv2d(4, 6, 3, bias=False), (16, 4, 8, 8)), (nn.Linear(20, 10, bias=False), (64, 20))):
         weight = layer.weight
         counts = SelectionCounts()
-        found = region(layer, shape, Bits(), PSG(stats=True))
+        found = region(layer, shape, Bits(), PSG(stats=True, bound=True))
         for _ in range(5):
             (out,), _ = found([weight, torch.randn(shape)], [], counts.add)
             out.backward(torch.randn(out.shape))
@@ -189,7 +192,7 @@ def test_the_bound_is_the_variance_of_uniform_noise() -> None:
     torch.manual_seed(0)
     layer, x, gy = nn.Linear(6, 4, bias=False), torch.randn(9, 6), torch.randn(9, 4)
     counts = SelectionCounts()
-    (out,), _ = region(layer, (9, 6), Bits(), PSG(stats=True, beta=0.0))([layer.weight, x], [], counts.add)
+    (out,), _ = region(layer, (9, 6), Bits(), PSG(stats=True, bound=True, beta=0.0))([layer.weight, x], [], counts.add)
     out.backward(gy)
     step_x, step_gy = x.abs().max().double() / 127 * 2**4, gy.abs().max().double() / 32767 * 2**6
     x_, gy_ = (t.double() for t in (torch.round(x / x.abs().max() * 127) / 127 * x.abs().max(), gy))
