@@ -103,7 +103,9 @@ def test_demo_prints_one_table_and_writes_its_files(tmp_path: Path) -> None:
     for text in ("seed 3", "test accuracy of t.unwrap()", "batches dropped", "energy saved (modelled)", "wall-clock"):
         assert text in printed
     assert printed.count("test accuracy  ") == 1
-    assert {path.name for path in out.iterdir()} == {"demo.json", "cost_report.json", "training_graph.txt"}
+    assert {path.name for path in out.iterdir()} == {
+        "demo.json", "cost_report.json", "cost_report.html", "training_graph.txt",
+    }  # fmt: skip
 
     assert result.plain.batches == result.transformed.batches_nominal == 256 // 32
     assert 0 < result.transformed.batches < result.plain.batches
@@ -113,6 +115,7 @@ def test_demo_prints_one_table_and_writes_its_files(tmp_path: Path) -> None:
     assert seed["transformed"]["accuracy"] == result.transformed.accuracy
     assert data["mean"]["test accuracy"]["plain"] == result.plain.accuracy
     cost = CostReport.from_json(out / "cost_report.json")
+    assert cost.board in (out / "cost_report.html").read_text()
     assert cost.saving.energy == pytest.approx(result.transformed.saving_energy)
     assert cost.assumptions["rates"] == "measured"
     assert "region" in (out / "training_graph.txt").read_text()

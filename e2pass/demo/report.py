@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
+from e2pass.backends.html import to_html
 from e2pass.demo.data import Images
 from e2pass.demo.train import Recipe, SeedResult
-from e2pass.report import save, si
+from e2pass.report import CostReport, save, si
 
 SCHEMA = "e2pass/demo/1"
 
@@ -85,11 +86,12 @@ def table(results: Sequence[SeedResult], images: Images, recipe: Recipe) -> Tabl
 def write(
     out: Path, results: Sequence[SeedResult], images: Images, recipe: Recipe, cost_report: str, graph: str
 ) -> list[Path]:
-    """Write ``demo.json``, ``cost_report.json`` and ``training_graph.txt`` into ``out``; return their paths."""
+    """Write ``demo.json``, the cost report as JSON and as a page, and ``training_graph.txt`` into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {
         "demo.json": json.dumps(as_dict(results, images, recipe), indent=2) + "\n",
         "cost_report.json": cost_report,
+        "cost_report.html": to_html(CostReport.from_json(cost_report)),
         "training_graph.txt": graph,
     }
     for name, text in texts.items():
