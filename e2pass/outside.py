@@ -53,10 +53,8 @@ class Outside:
             region = self.regions[name]
             place = Place(name, region.paths, region.blocks, region.block)
             for found, joint in zip((before, after), joints, strict=True):
-                nodes = joint_nodes(joint, place, self.batch)
-                if joint.symbol is not None and self._splits(region.block):
-                    halves = joint_nodes(joint, place, self.batch // 2)
-                    nodes = [replace(n, half=h.site) for n, h in zip(nodes, halves, strict=True)]
+                split = joint.symbol is not None and self._splits(region.block)
+                nodes = joint_nodes(joint, place, self.batch, self.batch // 2 if split else None)
                 found += nodes
         return before, after
 

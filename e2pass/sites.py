@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,14 +44,16 @@ class Place:
     phase: Phase | None = None
 
 
-def joint_nodes(joint: Joint, place: Place, batch: int) -> list[GraphNode]:
-    """Every operation of a joint graph, at a batch size."""
-    return _Converter(joint, place, batch).run()
+def joint_nodes(joint: Joint, place: Place, batch: int, half: int | None = None) -> list[GraphNode]:
+    """Every operation of a joint graph at a batch size, and at another one beside it if ``half`` is given."""
+    return _Converter(joint, place, batch, half).run()
 
 
 class _Converter:
-    def __init__(self, joint: Joint, place: Place, batch: int) -> None:
-        self.joint, self.place, self.batch = joint, place, batch
+    def __init__(self, joint: Joint, place: Place, batch: int, half: int | None) -> None:
+        self.joint, self.place, self.batch, self.half = joint, place, batch, half
+        self.sizes: dict[tuple[Any, int], int] = {}
+        self.specs: dict[tuple[int, int | None, bool, int], TensorSpec] = {}  # a tensor is looked at by all its users
         self.backward = gradient_dependent(joint)
         self.forward = forward_half(joint)
         self.saved = saved_activations(joint, self.forward)
@@ -88,9 +90,9 @@ class _Converter:
         site = OpSite(
             name=f"{place.region}/{node.name}",
             op=target_name(node),
-            args=tuple(self._value(a, node not in self.forward) for a in node.args),
-            kwargs={k: self._value(v) for k, v in node.kwargs.items() if isinstance(v, int | float | bool)},
-            outputs=tuple(self._outputs(node)),
+            args=self._args(node, self.batch),
+            kwargs={k: self._value(v, self.batch) for k, v in node.kwargs.items() if isinstance(v, int | float | bool)},
+            outputs=tuple(self._outputs(node, self.batch)),
             region=place.region,
             layer=place.paths.get(source, ""),
             block=place.blocks.get(source),
@@ -104,7 +106,16 @@ class _Converter:
             full_dw=self.dw.get(node, "") if node.meta.get("e2_full_dw") else "",
             operands=tuple(f"{place.region}/{n.name}" for n in node.all_input_nodes if n.op == "call_function"),
             fx_node=node,
+            half=None if self.half is None else self._at(site, node, self.half),
         )
+
+    def _at(self, site: OpSite, node: fx.Node, batch: int) -> OpSite:
+        """The same operation at another batch size."""
+        return replace(site, args=self._args(node, batch), outputs=tuple(self._outputs(node, batch)))
+
+    def _args(self, node: fx.Node, batch: int) -> tuple[Any, ...]:
+        in_backward = node not in self.forward
+        return tuple(self._value(a, batch, in_backward) for a in node.args)
 
     def _phase(self, node: fx.Node) -> Phase:
         if node.meta.get("e2_phase") is not None:
@@ -122,41 +133,47 @@ class _Converter:
             return Phase.DX if mask[0] else Phase.DW if mask[1] else Phase.BACKWARD  # type: ignore[index]
         return Phase.BACKWARD
 
-    def _outputs(self, node: fx.Node) -> Iterator[TensorSpec]:
+    def _outputs(self, node: fx.Node, batch: int) -> Iterator[TensorSpec]:
         value = node.meta.get("val")
         if not isinstance(value, tuple | list):
             if isinstance(value, Tensor):
-                yield self._spec(value, node.meta.get("e2_bits"), self._kept(node))
+                yield self._spec(value, batch, node.meta.get("e2_bits"), self._kept(node))
             return
         results = {u.args[1]: u for u in node.users if len(u.args) == 2}
         for i, leaf in enumerate(value):
             if isinstance(leaf, Tensor):
                 width = results[i].meta.get("e2_bits") if i in results else None
-                yield self._spec(leaf, width, i in results and self._kept(results[i]))
+                yield self._spec(leaf, batch, width, i in results and self._kept(results[i]))
 
     def _kept(self, node: fx.Node) -> bool:
         return node in self.forward and node in self.saved
 
-    def _value(self, value: Any, in_backward: bool = False) -> Any:
+    def _value(self, value: Any, batch: int, in_backward: bool = False) -> Any:
         if isinstance(value, fx.Node):
             held = value.meta.get("val")
             if isinstance(held, Tensor):
-                return self._spec(held, value.meta.get("e2_bits"), in_backward and value in self.saved)
-            return self._size(held) if isinstance(held, torch.SymInt) else None
+                return self._spec(held, batch, value.meta.get("e2_bits"), in_backward and value in self.saved)
+            return self._size(held, batch) if isinstance(held, torch.SymInt) else None
         if isinstance(value, list | tuple):
-            return tuple(self._value(v, in_backward) for v in value)
+            return tuple(self._value(v, batch, in_backward) for v in value)
         return value if isinstance(value, int | float | bool) or value is None else str(value)
 
-    def _spec(self, tensor: Tensor, bits: int | None, saved: bool = False) -> TensorSpec:
-        shape = tuple(self._size(s) for s in tensor.shape)
-        return TensorSpec(shape, bits if bits is not None else tensor.dtype.itemsize * 8, saved)
+    def _spec(self, tensor: Tensor, batch: int, bits: int | None, saved: bool = False) -> TensorSpec:
+        key = (id(tensor), bits, saved, batch)
+        if key not in self.specs:
+            shape = tuple(self._size(s, batch) for s in tensor.shape)
+            self.specs[key] = TensorSpec(shape, bits if bits is not None else tensor.dtype.itemsize * 8, saved)
+        return self.specs[key]
 
-    def _size(self, size: Any) -> int:
+    def _size(self, size: Any, batch: int) -> int:
         if isinstance(size, int):
             return size
-        if self.joint.batch == self.batch or self.joint.symbol is None:
+        if self.joint.batch == batch or self.joint.symbol is None:
             return int(size.node.hint)
-        return int(size.node.expr.subs(self.joint.symbol, self.batch))
+        expression = size.node.expr
+        if (expression, batch) not in self.sizes:
+            self.sizes[expression, batch] = int(expression.subs(self.joint.symbol, batch))
+        return self.sizes[expression, batch]
 
 
 def _product(node: fx.Node) -> fx.Node:
