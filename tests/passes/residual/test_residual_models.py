@@ -1,4 +1,7 @@
-"""Counts on real models, against what the models' own classes say about themselves."""
+"""Counts on real models, against what the models' own classes say about themselves.
+
+A few that differ in kind; ``benchmarks/block_table.py`` counts those of 134 models.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from e2pass.capture import capture
 from e2pass.diagnostics import Diagnostics
 from e2pass.inputs import Inputs
 from e2pass.passes.residual import search
-from tests.zoo import ZOO
 
 
 def _search(model: nn.Module, inputs: Any) -> BlockSearch:
@@ -30,30 +32,16 @@ def _pytorchcv(file: str, constructor: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_count_of_the_zoo(name: str) -> None:
-    model, inputs = ZOO[name].make()
-    found = _search(model, inputs)
-    assert sum(b.gated for b in found.blocks) == ZOO[name].blocks == len(found.blocks)
-
-
 CNNS: list[tuple[str, str, str, str, int]] = [
     # file and constructor, class of the units, attribute that says whether a unit is residual ("!" negates), size
     ("resnet_cifar", "resnet20_cifar10", "ResUnit", "", 32),
     ("preresnet_cifar", "preresnet20_cifar10", "PreResUnit", "", 32),
     ("seresnet_cifar", "seresnet20_cifar10", "SEResUnit", "", 32),
-    ("sepreresnet_cifar", "sepreresnet20_cifar10", "SEPreResUnit", "", 32),
-    ("resnext_cifar", "resnext20_16x4d_cifar10", "ResNeXtUnit", "", 32),
-    ("pyramidnet_cifar", "pyramidnet110_a48_cifar10", "PyrUnit", "", 32),
     ("mobilenetv2", "mobilenetv2_wd4", "LinearBottleneck", "residual", 224),
-    ("mnasnet", "mnasnet_small", "DwsExpSEResUnit", "residual", 224),
-    ("shufflenet", "shufflenet_g1_wd4", "ShuffleUnit", "!downsample", 224),
     ("ghostnet", "ghostnet", "GhostUnit", "!resize_identity", 224),
     ("regnet", "regnetx002", "RegNetUnit", "", 64),
-    ("densenet_cifar", "densenet40_k12_bc_cifar10", "", "", 32),
     ("nin_cifar", "nin_cifar10", "", "", 32),
     ("squeezenet", "squeezenet_v1_1", "", "", 224),
-    ("shufflenetv2", "shufflenetv2_wd2", "", "", 224),
 ]
 
 
@@ -79,14 +67,6 @@ def test_resnet_in_resnet_of_resnets_gates_the_inner_level() -> None:
     assert sum(not b.gated and "contains" in b.reason for b in blocks) == 3 + 1
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 50,
-    "use_cache": False,
-}
 IDS = {"input_ids": torch.arange(16).reshape(2, 8)}
 MASKED = {**IDS, "attention_mask": torch.ones(2, 8, dtype=torch.long)}
 
@@ -105,16 +85,6 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor], 
         ),
         IDS,
         2,
-    ),
-    "llama": (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), MASKED, 4),
-    "swin": (
-        lambda: transformers.SwinModel(
-            transformers.SwinConfig(
-                image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4
-            )
-        ),
-        {"pixel_values": torch.randn(2, 3, 32, 32)},
-        6,
     ),
     "convnext v2": (
         lambda: transformers.ConvNextV2Model(
