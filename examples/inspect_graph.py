@@ -1,9 +1,8 @@
-"""Look at what the transformation made: blocks, diagnostics, and the whole training step as one graph."""
+"""Look at what the transformation made: blocks, diagnostics, what changed, and the whole training step as one graph."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -22,15 +21,20 @@ def main() -> None:
     graph = t.graph
     print("operations by phase:", dict(Counter(str(node.site.phase) for node in graph.nodes)))
     print("inserted for PSG:", dict(Counter(node.tag for node in graph.tagged("psg"))))
+    print("changes:", *(f"{count} {what} {change}" for change, what, count in graph.diff().summary()), sep="\n  ")
 
-    # networkx: which operations cost most, once all probabilities are counted?
-    network = graph.to_networkx()
-    costly = sorted(network.nodes(data=True), key=lambda item: -item[1]["energy_j"] * item[1]["probability"])
-    for name, node in costly[:5]:
-        print(f"{name}: {node['op']} in {node['layer'] or node['region']}")
+    # Which operations cost most, where in the model are they, and who made them?
+    for row in sorted(graph.costs.values(), key=lambda row: -row.total_j)[:5]:
+        node = graph[row.name]
+        print(
+            f"{row.name}: {row.op} in {row.layer or row.region}, {node.line or 'no line of the model'}, {node.made_by}"
+        )
 
-    Path("training_graph.txt").write_text(graph.to_text(), encoding="utf-8")
-    Path("training_graph.dot").write_text(graph.to_dot(), encoding="utf-8")
+    graph.select(block="stage1.0").to_dot("block.dot")
+    graph.to_dot("training_graph.dot")
+    graph.to_html("training_graph.html")
+    with open("training_graph.txt", "w", encoding="utf-8") as file:
+        file.write(graph.to_text())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FILES = {
     "transform_any_model": set(),
-    "inspect_graph": {"training_graph.txt", "training_graph.dot"},
+    "inspect_graph": {"block.dot", "training_graph.dot", "training_graph.html", "training_graph.txt"},
     "export_cost_report": {
         "cost_report.json",
         "cost_report.csv",

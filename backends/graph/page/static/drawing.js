@@ -26,7 +26,8 @@ E2Step.tint = (colour) => {
 const escapeLabel = (text) =>
   text.replace(/[\u0000-\u001f]/g, " ").replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
 // Browsers without Helvetica draw letters wider than Graphviz measures them.
-const roomy = (text) => { const room = "&#160;".repeat(Math.ceil(text.length / 9)); return room + escapeLabel(text) + room; };
+const room = (text) => "&#160;".repeat(Math.ceil(text.length / 9));
+const roomy = (text) => room(text) + escapeLabel(text) + room(text);
 E2Step.clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text);
 
 E2Step.Drawing = class {
@@ -151,7 +152,7 @@ E2Step.Drawing = class {
     const totals = this.totalsOf(box), common = { id, class: box.index === undefined ? "box closed" : "box op" };
     const fill = this._fill(box, totals);
     if (box.index === undefined) {
-      return { ...common, ...fill, tooltip: "double-click to open", margin: "0.1,0.06", label: { html: this._groupLabel(box, totals) } };
+      return { ...common, ...fill, group: box.column, tooltip: "double-click to open", margin: "0.1,0.06", label: { html: this._groupLabel(box, totals) } };
     }
     const node = this.model.node(box.index);
     const lines = [E2Step.clip(node.short, 34)];
@@ -173,7 +174,7 @@ E2Step.Drawing = class {
   }
 
   _groupLabel(box, totals) {
-    const name = roomy(E2Step.clip(box.group.name, 30));
+    const shown = E2Step.clip(box.group.name, 30), name = escapeLabel(shown) + room(shown) + room(shown);
     const detail = `${totals.count} op${totals.count === 1 ? "" : "s"} \u00b7 ${E2Step.si(totals.energy, "J")}`;
     const by = this.colour === "phase" ? "phase" : "technique";
     const parts = Object.entries(totals[by]).filter(([, joules]) => joules > 0);
@@ -198,7 +199,7 @@ E2Step.Drawing = class {
       if (!row[box.column] || box.column === "b") row[box.column] = id;
       rows.set(box.group, row);
     }
-    const attributes = { style: "invis", minlen: 0, weight: 4 };
+    const attributes = { style: "invis", minlen: 0, weight: 500 };
     const loss = [...rows].find(([group]) => group.path[0] === "(loss)")?.[1].f;
     for (const row of rows.values()) {
       if (loss && row.u && !row.f && !row.b) graph.edges.push({ tail: loss, head: row.u, attributes });
@@ -217,7 +218,9 @@ E2Step.Drawing = class {
     } else if (edge.kind === "gradient") {
       graph.edges.push({ tail: edge.to, head: edge.from, attributes: { ...attributes, dir: "back", weight: 2 } });
     } else if (edge.kind === "update") {
-      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, constraint: false } });
+      // What all gates share is updated from everywhere: those edges are there, but stand back.
+      const far = this.boxes.get(edge.to).group.totals.b.count === 0 ? { class: "edge update far", penwidth: 0.8, weight: 0 } : {};
+      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, constraint: false, ...far } });
     } else {
       graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, weight: edge.kind === "value" ? 2 : 1 } });
     }
