@@ -24,9 +24,8 @@ READY = """const done = arguments[0], timer = setInterval(() => {
 OPEN = "document.querySelector(`button[aria-label='Open ${arguments[0]}']`).click()"
 SEARCH = """const field = document.getElementById("step-search"); field.value = arguments[0];
     field.dispatchEvent(new Event("input")); return document.querySelectorAll("#step-hits button").length"""
-HIT = (
-    "document.querySelector('#step-hits button').click(); return document.querySelector('#step-details h2').textContent"
-)
+HIT = """document.querySelector("#step-hits button").click();
+    return document.querySelector("#step-details h2").textContent"""
 
 
 def main() -> None:
