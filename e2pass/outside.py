@@ -28,7 +28,8 @@ class Outside:
     Attributes:
         batch: Batch size of the example inputs.
         weights: Trainable parameters by the name under which each is registered first.
-        readers: For each of them the regions that use it, each as the gate that decides about it.
+        paths: Module path of each value of the plan.
+        readers: For each of the weights the regions that use it, each as the gate that decides about it.
         gate_joints: Joint graph of each gate, once ``gates`` has run.
     """
 
@@ -39,6 +40,7 @@ class Outside:
         self.regions = {r.name: r for r in self.plan.regions}
         self.values = {n.name: n for n in program.graphs["train"].graph.nodes}
         self.weights = {n: p for n, p in program.model.named_parameters() if p.requires_grad}
+        self.paths = {name: path for region in self.plan.regions for name, path in region.paths.items()}
         self.readers = self._readers()
         self.gate_joints: dict[str, Joint] = {}
         self.wants_grad = {
@@ -109,7 +111,8 @@ class Outside:
 
     def _gradient_sum(self, value: str, i: int, batch: int) -> Iterator[OpSite]:
         spec = self._spec(value, batch)
-        yield _backward(gradient_sum_name(value, i), "aten.add.Tensor", (spec, spec), spec)
+        layer = self.paths.get(value, "")
+        yield _backward(gradient_sum_name(value, i), "aten.add.Tensor", (spec, spec), spec, layer=layer)
 
     def weight_sums(self) -> list[GraphNode]:
         """Sums of the gradients that several regions have for one weight; predicted ones are signed after their sum."""
@@ -155,7 +158,7 @@ class Outside:
             nodes.append(self._once(site, gates.pop() if len(gates) == 1 else None, "update"))
         slu = self._learned_gates()
         for name, parameter in () if slu is None else slu.named_parameters():
-            site = _update(f"gates.{name}", parameter, optimizer, states, Technique.SLU)
+            site = replace(_update(f"gates.{name}", parameter, optimizer, states, Technique.SLU), layer="gates")
             nodes.append(GraphNode(site, "update"))
         smd = self.program.config.smd
         coasts = smd is not None and smd.coast
