@@ -151,3 +151,46 @@ def test_each_use_of_a_weight_has_a_running_scale_of_its_own() -> None:
     assert scales.get("trunk_0", "layer.weight#2") > 5 * scales.get("trunk_0", "layer.weight")
     trained = t.model(x)
     torch.testing.assert_close(t.model.eval()(x), trained)
+
+
+class TokenMean(nn.Module):
+    """A LayerNorm transformer of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.layer(self.embed(x)).mean(1)))
+        return y
+
+
+def trained_accuracy(model: nn.Module, x: Tensor, y: Tensor, lr: float, setting: str, steps: int) -> float:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    factor = 1024.0 if setting == "loss scaled" else 1.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        (factor * nn.functional.cross_entropy(model(x), y)).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= factor
+        if setting == "clipped":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return float((model(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("setting", ["plain", "clipped", "loss scaled"])
+def test_with_mean_scale_a_learning_rate_keeps_its_meaning(setting: str) -> None:
+    """The transformer of benchmarks/psg_scale.py in small."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 4, 8)
+    y = x.mean(1)[:, :4].argmax(1)
+    model = TokenMean()
+    signed = e2pass.transform(model, x[:4], config="psg").model
+    plain, mean = (trained_accuracy(m, x, y, lr=0.1, setting=setting, steps=60) for m in (model, signed))
+    assert plain > 0.9
+    assert mean > plain - 0.03
