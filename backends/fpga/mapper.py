@@ -13,7 +13,8 @@ all orders. Bytes follow in closed form:
 A tile that is replaced while the nest runs needs its room twice (double buffering). Traffic never grows with a tile, so
 for given tiles of all other loops the largest batch tile that fits is best, and of all tile sizes that take the same
 number of trips the smallest: the search runs over those alone, at once in numpy, and still finds the optimum of all
-tile sizes and orders. Kernels are cut only where nothing else fits.
+tile sizes and orders. Kernels are cut only where nothing else fits. A tile holds at least what the array works on at
+once, in whole rounds of the axis that the second output dimension is spread over.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def map_nest(
     inner, repeats = nest, 1.0
     for outer, level in zip(levels[:0:-1], levels[-2::-1], strict=True):
         load = _Load(cycles / repeats, fed / repeats, outer, level)
-        tiling = _tile(inner, load, array, goal)
+        tiling = _tile(inner, load, spread, array.accumulator_bits, goal)
         if tiling is None:
             return None
         moved = _edge_bytes(nest, {n: v * repeats for n, v in tiling.moved.items()}, array.accumulator_bits)
@@ -145,9 +146,14 @@ def _text(tiling: Tiling) -> str:
 
 
 class _Spread(NamedTuple):
+    """How the two output dimensions lie on the array, and what a tile must hold of them and of the groups for that."""
+
     utilisation: float
     first_shared: float
     second_shared: float
+    first: int
+    second: int
+    groups: int
 
 
 @lru_cache(maxsize=65536)
@@ -164,7 +170,17 @@ def _spread(nest: Nest, array: ArrayShape) -> _Spread:
             g = nest.g
             used = _used(first * g, one) * _used(second, other) if groups_first else (
                 _used(first, one) * _used(second * g, other))  # fmt: skip
-            choices.append(_Spread(used, _shared(second, other), _shared(first, one)))
+            size, axis = (first, one) if groups_first else (second, other)
+            choices.append(
+                _Spread(
+                    used,
+                    _shared(second, other),
+                    _shared(first, one),
+                    min(first, one),
+                    min(second, other),
+                    min(g, math.ceil(axis / size)),
+                )
+            )
     a, b = (nest.bits(name) for name in nest.reads)
     return max(choices, key=lambda s: (round(s.utilisation, 12), -(a / s.first_shared + b / s.second_shared)))
 
@@ -198,11 +214,11 @@ class _Load(NamedTuple):
     level: Level
 
 
-def _tile(nest: Nest, load: _Load, array: ArrayShape, goal: Goal) -> Tiling | None:
+def _tile(nest: Nest, load: _Load, spread: _Spread, accumulator_bits: int, goal: Goal) -> Tiling | None:
     for whole_kernels in (True, False):
-        space = _Space(nest, load.level.size_bytes, array.accumulator_bits, whole_kernels)
+        space = _Space(nest, load.level.size_bytes, spread, accumulator_bits, whole_kernels)
         if space.fits.any():
-            return _search(space, load, array.accumulator_bits, goal)
+            return _search(space, load, accumulator_bits, goal)
     return None
 
 
@@ -242,10 +258,13 @@ def _bytes(nest: Nest, moved: Mapping[Name, Grid], accumulator_bits: int) -> Gri
 class _Space:
     """All tilings of a nest that are worth a look: an axis for K, C and each window; the batch in closed form."""
 
-    def __init__(self, nest: Nest, size_bytes: float, accumulator_bits: int, whole_kernels: bool) -> None:
-        self.nest = nest
+    def __init__(
+        self, nest: Nest, size_bytes: float, spread: _Spread, accumulator_bits: int, whole_kernels: bool
+    ) -> None:
+        self.nest, self.groups = nest, min(nest.g, spread.groups)
         axes = 2 + len(nest.windows)
-        self.k, self.c = _axis(_splits(nest.k), 0, axes), _axis(_splits(nest.c), 1, axes)
+        rounds_k, rounds_c = (1, spread.second) if nest.writes == "x" else (spread.second, 1)
+        self.k, self.c = _axis(_rounds(nest.k, rounds_k), 0, axes), _axis(_rounds(nest.c, rounds_c), 1, axes)
         self.outs = [_axis(_splits(v.out), 2 + i, axes) for i, v in enumerate(nest.windows)]
         self.taps = [v.kernel if whole_kernels else 1 for v in nest.windows]
         self.shape = np.broadcast_shapes(self.k.shape, self.c.shape, *(o.shape for o in self.outs))
@@ -256,16 +275,18 @@ class _Space:
         reach: Any = math.prod(_table(v, o, t, Window.reach) for v, o, t in self._windows())
         rows: Any = math.prod(_table(v, o, t, Window.moved) for v, o, t in self._windows())
         bits = {n: accumulator_bits if n == nest.writes else nest.bits(n) for n in NAMES}
-        w_tile = self.k * self.c * taps_in_tile * bits["w"] / 8
-        x_row, y_row = self.c * reach * bits["x"] / 8, self.k * math.prod(self.outs) * bits["y"] / 8
-        changes = np.asarray(nest.g > 1)
+        w_tile = self.groups * self.k * self.c * taps_in_tile * bits["w"] / 8
+        x_row = self.groups * self.c * reach * bits["x"] / 8
+        y_row = self.groups * self.k * math.prod(self.outs) * bits["y"] / 8
+        changes = np.asarray(nest.g > self.groups)
         x_changes = changes | (trips_c * trips_o * trips_f > 1)
         y_changes = changes | (trips_k * trips_o > 1)
         w_room = w_tile * np.where(changes | (trips_k * trips_c * trips_f > 1), 2, 1)
         whole = w_room + nest.b * (x_row * np.where(x_changes, 2, 1) + y_row * np.where(y_changes, 2, 1))
         largest = np.floor((size_bytes - w_room) / (2 * (x_row + y_row)))
         batch = np.where(whole <= size_bytes, nest.b, np.minimum(largest, nest.b - 1))
-        self.fits = np.broadcast_to(batch >= 1, self.shape)
+        at_once: Any = {"y": batch * math.prod(self.outs), "x": batch * reach, "w": self.c * taps_in_tile}[nest.writes]
+        self.fits = np.broadcast_to((batch >= 1) & (at_once >= min(nest.parallel[0], spread.first)), self.shape)
         batch = np.maximum(batch, 1)
         trips_b = np.ceil(nest.b / batch)
         self.batch = np.broadcast_to(np.ceil(nest.b / trips_b), self.shape)
@@ -294,9 +315,14 @@ class _Space:
             windows.append(replace(window, out=out, kernel=taps, size=window.reach(out, taps), padding=0))
         tile = replace(
             self.nest, b=int(self.batch[index]), k=int(self.k.reshape(-1)[index[0]]),
-            c=int(self.c.reshape(-1)[index[1]]), windows=tuple(windows), g=1,
+            c=int(self.c.reshape(-1)[index[1]]), windows=tuple(windows), g=self.groups,
         )  # fmt: skip
         return Tiling(tile, stationary, at, float(self.partial[index]))
+
+
+def _rounds(size: int, axis: int) -> npt.NDArray[np.int64]:
+    """Tile sizes in whole rounds of an axis of the array."""
+    return np.minimum(_splits(math.ceil(size / axis)) * axis, size)
 
 
 def _axis(values: npt.NDArray[np.int64], position: int, axes: int) -> npt.NDArray[np.int64]:

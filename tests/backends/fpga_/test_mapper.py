@@ -225,6 +225,21 @@ def test_matrix_product_by_hand() -> None:
     assert (tile.tile.b, tile.tile.k, tile.stationary) == (2, 2, "y") or off_chip(found) < 576 * 4
 
 
+@settings(max_examples=40, deadline=None)
+@given(large_nests(), st.integers(20_000, 200_000))
+def test_a_tile_holds_what_the_array_works_on(nest: Nest, size_bytes: int) -> None:
+    """Output channels in whole rounds of their axis, enough positions for the other, enough groups for both."""
+    levels = (Level("sram", size_bytes, 1e9, 1), Level("dram", 1e12, 1e9, 100))
+    found = map_nest(nest, levels, ArrayShape(8, 4, 32), 32.0, ENERGY)
+    if found is None:
+        return  # a kernel alone can be too large
+    tile = found.tilings[0].tile
+    in_use = found.utilisation * 8 * 4
+    assert math.prod(tile.parallel) * tile.g >= min(in_use, math.prod(nest.parallel) * nest.g) * (1 - 1e-9)
+    channels, held = nest.parallel[1], tile.parallel[1]
+    assert held == channels or held % 8 == 0 or held % 4 == 0
+
+
 def test_nothing_fits_into_a_memory_of_a_few_bytes() -> None:
     levels = (Level("sram", 20, 1, 1), Level("dram", 1e9, 1, 10))
     assert map_nest(product(4, 4, 4, (32, 32, 32)), levels, ARRAY, 1.0, ENERGY) is None
