@@ -336,6 +336,11 @@ class TrainingGraph:
         return any(_FILTERS[key](_label(n, key), value) for n in self.nodes)
 
     @property
+    def has_original(self) -> bool:
+        """Whether the step before any rewrite is known."""
+        return self._original is not None
+
+    @property
     def original(self) -> TrainingGraph:
         """The same step before any rewrite.
 

@@ -34,16 +34,17 @@ def page_data(graph: TrainingGraph) -> dict[str, Any]:
     """Return what the page's scripts need; they decode it in ``model.js``.
 
     ``nodes`` holds columns. ``group`` (where it hangs in the hierarchy), ``region``, ``name``, ``kind`` (operator,
-    phase, technique, tag, pass, type), ``cost`` and ``origin`` (module path, line, block) are numbers of entries in the
-    tables of these names; ``reads`` holds numbers of nodes, ``state`` numbers in ``names``.
+    phase, technique, tag, pass, type), ``cost``, ``origin`` (module path, line, block) and ``change`` (since the
+    original step; the table is empty where that is not known) are numbers of entries in the tables of these names;
+    ``reads`` holds numbers of nodes, ``state`` numbers in ``names``.
     """
-    names, groups, regions, kinds, costs, origins = (_Table() for _ in range(6))
+    names, groups, regions, kinds, costs, origins, changes = (_Table() for _ in range(7))
+    changed = _changed(graph)
     index = {node.name: i for i, node in enumerate(graph.nodes)}
     levels = list(dict.fromkeys(level for row in graph.price.rows for level in row.energy_j))
     places = _Places(graph)
-    columns: dict[str, list[Any]] = {
-        "group": [], "region": [], "name": [], "kind": [], "cost": [], "origin": [], "reads": [], "state": [],
-    }  # fmt: skip
+    fields = ("group", "region", "name", "kind", "cost", "origin", "change", "reads", "state")
+    columns: dict[str, list[Any]] = {field: [] for field in fields}
     for node in graph.nodes:
         site = node.site
         columns["group"].append(groups.put(places.of(node)))
@@ -53,6 +54,7 @@ def page_data(graph: TrainingGraph) -> dict[str, Any]:
         columns["kind"].append(kinds.put(kind))
         columns["cost"].append(costs.put(_cost(graph, node, levels)))
         columns["origin"].append(origins.put((site.layer, node.line, site.block or "")))
+        columns["change"].append(changes.put(changed.get(node.name, "same")))
         columns["reads"].append([index[o] for o in node.operands if o in index])
         columns["state"].append([names.put(s) for s in node.state])
     info = graph.info
@@ -69,6 +71,7 @@ def page_data(graph: TrainingGraph) -> dict[str, Any]:
         "kinds": kinds.values,
         "costs": costs.values,
         "origins": origins.values,
+        "changes": changes.values if changed else [],
         "nodes": columns,
     }
 
@@ -77,6 +80,15 @@ def to_json(data: Mapping[str, Any]) -> str:
     """Return ``data`` as JSON that can stand in a script element: no name in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _changed(graph: TrainingGraph) -> dict[str, str]:
+    """What was added or replaced since the original step, by name."""
+    if not graph.has_original:
+        return {}
+    changes = graph.diff()
+    replaced = {item.after.name: f"replaced: {'; '.join(item.changes)}" for item in changes.replaced}
+    return {node.name: "added" for node in changes.added} | replaced
 
 
 class _Places:

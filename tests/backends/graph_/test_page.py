@@ -148,6 +148,7 @@ def test_search_finds_and_reveals_and_the_cost_is_that_of_the_report(opened: Bro
     assert opened.find("[data-figure=formula]").text == row.formula
     assert product.site.layer in details
     assert "made by\nlower" in details
+    assert "change\nreplaced: reads %trunk_0/" in details
     assert "produces\nf32[4, 16]" in details
     selected = opened.run("return [...document.querySelectorAll('#step-drawing g.selected')].map((g) => g.textContent)")
     assert len(selected) == 1
@@ -190,14 +191,14 @@ def test_a_click_on_a_box_shows_the_module(opened: Browser, graph: TrainingGraph
     assert opened.find("[data-figure=energy]").text.startswith(f"{_three(energy)} ")
 
 
-@pytest.mark.parametrize("mode", ["energy", "time", "phase"])
+@pytest.mark.parametrize("mode", ["energy", "time", "phase", "change"])
 def test_colours(opened: Browser, mode: str) -> None:
     fills = "return [...document.querySelectorAll('#step-drawing g.box path')].map((p) => p.getAttribute('fill'))"
     before = opened.run(fills)
     opened.find(f"#step-colour option[value={mode}]").click()
     after = opened.run(fills)
-    if mode == "phase":
-        assert "dx" in opened.find("#step-legend").text
+    if mode in ("phase", "change"):
+        assert {"phase": "dx", "change": "replaced"}[mode] in opened.find("#step-legend").text
     else:
         assert len(set(after)) > 2 >= len(set(before))
     assert opened.console() == []
@@ -239,6 +240,9 @@ def test_the_data_lose_nothing(graph: TrainingGraph) -> None:
         assert [graph.nodes[j].name for j in nodes["reads"][i]] == list(node.operands)
         assert data["kinds"][nodes["kind"][i]][0] == node.site.op
         assert data["origins"][nodes["origin"][i]] == [node.site.layer, node.line, node.site.block or ""]
+    changes = [data["changes"][c] for c in nodes["change"]]
+    assert changes.count("added") == len(graph.diff().added)
+    assert page_data(graph.select(region="loss"))["changes"] == []
     energy = sum(data["costs"][c][2] for c in nodes["cost"])
     assert energy == pytest.approx(graph.price.energy_j, rel=1e-3)
     assert sum(len(data[table]) for table in ("kinds", "costs")) < len(graph), "what repeats is stored once"

@@ -3,6 +3,7 @@
 
 E2Step.COLOUR = {
   technique: { base: "#4e79a7", smd: "#9c755f", slu: "#f28e2b", bits: "#59a14f", psg: "#b07aa1" },
+  change: { added: "#59a14f", replaced: "#f28e2b", same: "#9fb3c8" },
   phase: {
     data: "#9c755f", forward: "#4e79a7", loss: "#bab0ac", dx: "#f28e2b", dw: "#e15759", backward: "#76b7b2", update: "#59a14f",
   },
@@ -169,14 +170,14 @@ E2Step.Drawing = class {
       return { fillcolor: E2Step.heat(most ? totals[this.colour] / most : 0) };
     }
     if (box.index === undefined) return {};
-    const colour = E2Step.COLOUR[this.colour][this.model.kind(box.index)[this.colour === "phase" ? 2 : 3]];
-    return this.colour === "technique" && colour === E2Step.COLOUR.technique.base ? {} : { fillcolor: E2Step.tint(colour), color: colour };
+    const sort = this.model.sort(box.index, this.colour), colour = E2Step.COLOUR[this.colour][sort];
+    return sort === "base" || sort === "same" ? {} : { fillcolor: E2Step.tint(colour), color: colour };
   }
 
   _groupLabel(box, totals) {
     const shown = E2Step.clip(box.group.name, 30), name = escapeLabel(shown) + room(shown) + room(shown);
     const detail = `${totals.count} op${totals.count === 1 ? "" : "s"} \u00b7 ${E2Step.si(totals.energy, "J")}`;
-    const by = this.colour === "phase" ? "phase" : "technique";
+    const by = E2Step.COLOUR[this.colour] ? this.colour : "technique";
     const parts = Object.entries(totals[by]).filter(([, joules]) => joules > 0);
     let cells = "";
     if (parts.length) {

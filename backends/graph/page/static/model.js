@@ -30,6 +30,14 @@ E2Step.Model = class {
     };
   }
 
+  // What an operation counts as in a mode of colouring by kind.
+  sort(index, mode) {
+    if (mode === "change") return this.change(index).split(":")[0];
+    return this.kind(index)[mode === "phase" ? 2 : 3];
+  }
+
+  change(index) { return this.data.changes[this.data.nodes.change[index]] || "same"; }
+
   cost(index) { return this.data.costs[this.data.nodes.cost[index]]; }
 
   kind(index) { return this.data.kinds[this.data.nodes.kind[index]]; }
@@ -101,7 +109,7 @@ E2Step.Model = class {
     group.id = this.groups.length;
     group.totals = { f: E2Step.zero(), b: E2Step.zero(), u: E2Step.zero() };
     this.groups.push(group);
-    for (const index of group.nodes) E2Step.add(group.totals[this.column[index]], this.kind(index), this.cost(index));
+    for (const index of group.nodes) E2Step.add(group.totals[this.column[index]], this, index);
     for (const child of group.children.values()) {
       this._number(child);
       for (const column of "fbu") E2Step.merge(group.totals[column], child.totals[column]);
@@ -115,17 +123,20 @@ E2Step.Model = class {
 E2Step.columnOf = (phase) =>
   phase === "data" || phase === "forward" || phase === "loss" ? "f" : phase === "update" ? "u" : "b";
 
-E2Step.zero = () => ({ count: 0, energy: 0, time: 0, macs: 0, technique: {}, phase: {} });
+E2Step.zero = () => ({ count: 0, energy: 0, time: 0, macs: 0, technique: {}, phase: {}, change: {} });
 
-E2Step.add = (totals, kind, cost) => {
+E2Step.add = (totals, model, index) => {
+  const cost = model.cost(index);
   totals.count += 1; totals.energy += cost[2]; totals.time += cost[3]; totals.macs += cost[4];
-  totals.technique[kind[3]] = (totals.technique[kind[3]] || 0) + cost[2];
-  totals.phase[kind[2]] = (totals.phase[kind[2]] || 0) + cost[2];
+  for (const mode of ["technique", "phase", "change"]) {
+    const sort = model.sort(index, mode);
+    totals[mode][sort] = (totals[mode][sort] || 0) + cost[2];
+  }
 };
 
 E2Step.merge = (into, from) => {
   for (const key of ["count", "energy", "time", "macs"]) into[key] += from[key];
-  for (const key of ["technique", "phase"]) {
+  for (const key of ["technique", "phase", "change"]) {
     for (const [name, joules] of Object.entries(from[key])) into[key][name] = (into[key][name] || 0) + joules;
   }
 };

@@ -95,7 +95,8 @@ E2Step.Details = class {
     return [make("h2", {}, "The whole step"), this._figures(all),
       make("p", { class: "hint" }, "Click a box for its cost and origin; double-click opens a module, a double click on an open frame closes it. Drag to move, scroll to zoom."),
       ...this._split("Energy by technique", all.technique, all.energy, E2Step.COLOUR.technique),
-      ...this._split("Energy by phase", all.phase, all.energy, E2Step.COLOUR.phase)];
+      ...this._split("Energy by phase", all.phase, all.energy, E2Step.COLOUR.phase),
+      ...(this.model.data.changes.length ? this._split("Energy by change", all.change, all.energy, E2Step.COLOUR.change) : [])];
   }
 
   _figures(totals, p, formula) {
@@ -155,7 +156,7 @@ E2Step.Details = class {
     const badges = [node.phase, node.technique === "base" ? "" : node.technique, node.tag].filter(Boolean).map((text) => make("span", { class: "badge" }, text));
     return [make("h2", {}, node.full), make("p", { class: "op" }, node.op), make("p", {}, ...badges), ...this._price(node),
       make("h3", {}, "Origin"),
-      this._list([["module", node.path], ["source line", node.line], ["made by", node.pass], ["region", node.region], ["block", node.block], ["produces", node.type], ["parameters", node.state.join(", ")]]),
+      this._list([["module", node.path], ["source line", node.line], ["made by", node.pass], ["change", this.model.data.changes.length ? this.model.change(node.index) : ""], ["region", node.region], ["block", node.block], ["produces", node.type], ["parameters", node.state.join(", ")]]),
       make("h3", {}, "Reads"), this._links(this._beyond(node.reads, (i) => this.model.data.nodes.reads[i]), (other) => other.short),
       make("h3", {}, "Read by"), this._links(this._beyond(this.model.readers(node.index), (i) => this.model.readers(i)), (other) => other.short)];
   }

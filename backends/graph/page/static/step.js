@@ -91,7 +91,7 @@
     const make = E2Step.make, by = drawing.colour;
     const swatch = (colour, text) => make("span", {}, make("i", { style: `background:${colour}` }), text);
     if (E2Step.COLOUR[by]) {
-      const used = new Set(model.data.kinds.map((kind) => kind[by === "phase" ? 2 : 3]));
+      const used = new Set(Array.from({ length: model.count }, (_, index) => model.sort(index, by)));
       $("legend").replaceChildren(...Object.entries(E2Step.COLOUR[by]).filter(([key]) => used.has(key)).map(([key, colour]) => swatch(colour, key)));
       return;
     }
@@ -141,6 +141,7 @@
   canvas.addEventListener("dblclick", (event) => { const hit = hitOf(event.target); if (hit?.group) act.toggle(hit.group); });
   canvas.addEventListener("wheel", (event) => zoom.zoomWithWheel(event), { passive: false });
 
+  if (!model.data.changes.length) $("colour").querySelector("[value=change]").remove();
   $("colour").addEventListener("change", (event) => { drawing.colour = event.target.value; draw({}); });
   $("saved").addEventListener("change", (event) => { drawing.showSaved = event.target.checked; draw({}); });
   $("home").addEventListener("click", () => { drawing.open = new Set([0]); selection = null; draw({ fit: true }); });
