@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from e2pass.cost import Phase
 from e2pass.report.bars import waterfall
+from e2pass.report.cells import pivot
 from e2pass.report.cost_report import BASIS, CostReport
 from e2pass.report.units import duration, percent, si
-from e2pass.step_cost import Totals
+from e2pass.step_cost import StepCost, Totals
 
 SHOWN_UNPRICED = 12
 SHOWN_LAYERS = 12
@@ -65,6 +67,8 @@ def sections(report: CostReport, shown: int | None = SHOWN_LAYERS) -> Iterator[S
     yield _breakdown(report, "By phase", {n: s.by_phase() for n, s in report.steps.items()})
     yield _breakdown(report, "By technique", {n: s.by_technique() for n, s in report.steps.items()})
     yield _levels(report)
+    if report.transformed is not None:
+        yield _phases_and_techniques(report.transformed)
     yield _places(report, "layer", {n: s.by_layer() for n, s in report.steps.items()}, shown)
     yield _places(report, "block", {n: s.by_block() for n, s in report.steps.items()}, shown)
 
@@ -193,6 +197,28 @@ def _levels(report: CostReport) -> Section:
             row.append(Cell("") if moved is None else _quantity(moved, "B"))
         rows.append(row)
     return Section("By place", header, rows)
+
+
+def _phases_and_techniques(step: StepCost) -> Section:
+    """Phase by technique by place, of the transformed step."""
+    places = list(step.by_level())
+    header = [
+        "phase",
+        "technique",
+        "energy",
+        *(f"in {place}" for place in places),
+        "time",
+        f"{step.dram} bytes",
+        "MACs",
+    ]
+    rows = []
+    order = {phase.value: i for i, phase in enumerate(Phase)}
+    for cell in sorted(pivot(step, "phase", "technique"), key=lambda cell: order[cell.key[0]]):
+        energy = [_quantity(cell.energy_j.get(place, 0.0), "J") for place in places]
+        row = [Cell(cell.key[0]), Cell(cell.key[1]), _quantity(cell.total_j, "J"), *energy, _quantity(cell.time_s, "s")]
+        row += [_quantity(cell.traffic_bytes.get(step.dram, 0.0), "B"), _quantity(cell.macs, "")]
+        rows.append(row)
+    return Section("By phase, technique and place, transformed step", header, rows)
 
 
 def _places(report: CostReport, kind: str, by_step: Mapping[str, Mapping[str, Totals]], shown: int | None) -> Section:
