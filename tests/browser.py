@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Browser:
     def all(self, selector: str) -> list[Any]:
         """Every element of a CSS selector."""
         return list(self.driver.find_elements("css selector", selector))
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait until something holds that a script brings about a little later; fail after ten seconds."""
+        support = pytest.importorskip("selenium.webdriver.support.wait")
+        support.WebDriverWait(self.driver, 10, poll_frequency=0.02).until(lambda _: condition())
 
     def console(self) -> list[str]:
         """Warnings and errors since the last call; reading empties it."""
