@@ -123,10 +123,10 @@ class Run:
             config = e2pass.Config(smd=None, slu=slu, psg=None, bits=None)
             self.transformed = e2pass.transform(model, torch.randn(2, 3, 32, 32), config=config)
             model = self.transformed.model
-            groups = self.transformed.param_groups(lr=LR, weight_decay=WEIGHT_DECAY)
+            groups = self.transformed.param_groups(LR, WEIGHT_DECAY, gates_lr=GATES_LR)
         self.model = model
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True)
-        self.peaks = [GATES_LR if group.get("name") == "gates" else LR for group in groups]
+        self.peaks = [group["lr"] for group in groups]
 
     def schedule(self, progress: float) -> None:
         """One cycle: up to the peak in the first fifth, then down to nothing in a straight line."""

@@ -69,19 +69,23 @@ class Transformed:
     def _slu(self) -> SLUGates | None:
         return self.model.e2_slu
 
-    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, *, gates_lr: float | None = None
+    ) -> list[dict[str, Any]]:
         """Parameter groups for any ``torch.optim`` optimizer.
 
         Args:
             lr: Learning rate of the model's own parameters.
             weight_decay: Of its weights; norms, biases and gates have none.
+            gates_lr: Learning rate of the gates, by default ``lr``; a tenth of it is a good first try.
 
         Returns:
             Groups ``weights`` (two dimensions or more), ``norms and biases`` and ``gates``; only the first has
             ``sign=True``, which ``e2pass.optim.SignSGD`` reads and torch's optimizers ignore.
         """
-        if lr <= 0:
-            raise ConfigError(f"lr = {lr!r} is not allowed; a learning rate is positive")
+        for name, rate in (("lr", lr), ("gates_lr", gates_lr)):
+            if rate is not None and rate <= 0:
+                raise ConfigError(f"{name} = {rate!r} is not allowed; a learning rate is positive")
         gates = {id(p) for p in self._slu.parameters()} if self._slu is not None else set()
         own = [p for p in self.model.parameters() if id(p) not in gates]
         weights, vectors = [p for p in own if p.dim() > 1], [p for p in own if p.dim() <= 1]
@@ -93,6 +97,8 @@ class Transformed:
             {"name": name, "params": params, "lr": lr, "weight_decay": decay, "sign": name == "weights"}
             for name, params, decay in chosen
         ]
+        if self._slu is not None and gates_lr is not None:
+            groups[-1]["lr"] = gates_lr
         return [g for g in groups if g["params"]]
 
     def report(self, rates: str | Rates = "assumed", *, hardware: PredictorHardware = STANDARD) -> CostReport:

@@ -155,3 +155,11 @@ def test_evaluation_with_all_gates_open_is_the_trained_network() -> None:
     with t.set_gates("open"):
         opened: Tensor = t.model(x)
     torch.testing.assert_close(opened, t.unwrap()(x))
+
+
+def test_gates_can_have_a_learning_rate_of_their_own() -> None:
+    t = transformed(1)
+    rates = {group["name"]: group["lr"] for group in t.param_groups(0.1, gates_lr=0.01)}
+    assert rates == {"weights": 0.1, "norms and biases": 0.1, "gates": 0.01}
+    with pytest.raises(ConfigError, match=r"gates_lr = 0\.0 is not allowed"):
+        t.param_groups(0.1, gates_lr=0.0)
