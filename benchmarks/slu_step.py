@@ -4,7 +4,7 @@
     python benchmarks/slu_step.py --out runs/slu_step.json --table
 
 A step is forward, backward and SGD with momentum on a batch of 128 images of 32x32. Plain eager PyTorch and every ratio
-take turns within one process, so that whatever else the machine does meets all of them; a ratio's time is the median
+take turns in random order within one process, so that whatever else the machine does meets all of them; a ratio's time is the median
 over rounds of its time in a round divided by the plain step's in the same round. ``--clock cpu`` counts the process's
 CPU time instead of the wall's, which other processes disturb less. ``gates`` is the step with learned gates that are
 held open minus the one with open gates that do not decide. Memory is the peak resident set of a process of its own that
@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -97,10 +98,11 @@ def measure_times(model: str, rounds: int, clock: Callable[[], float]) -> dict[s
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    order = random.Random(0)
     for _ in range(rounds):
-        for variant, step in steps.items():
+        for variant in order.sample(VARIANTS, len(VARIANTS)):  # nobody always follows the same one
             started = clock()
-            step()
+            steps[variant]()
             seconds[variant].append(clock() - started)
     return seconds
 
