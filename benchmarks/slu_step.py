@@ -4,11 +4,11 @@
     python benchmarks/slu_step.py --out runs/slu_step.json --table
 
 A step is forward, backward and SGD with momentum on a batch of 128 images of 32x32. Plain eager PyTorch and every ratio
-take turns in random order within one process, so that whatever else the machine does meets all of them; a ratio's time is the median
-over rounds of its time in a round divided by the plain step's in the same round. ``--clock cpu`` counts the process's
-CPU time instead of the wall's, which other processes disturb less. ``gates`` is the step with learned gates that are
-held open minus the one with open gates that do not decide. Memory is the peak resident set of a process of its own that
-does three steps, less what it held before. ``--out`` is written after every model and every call adds to it.
+take turns in random order within one process, so that whatever else the machine does meets all of them; a ratio's time
+is the median over rounds of its time in a round divided by the plain step's in the same round. ``--clock cpu`` counts
+the process's CPU time instead of the wall's, which other processes disturb less. ``gates`` is the step with learned
+gates that are held open minus the one with open gates that do not decide. Memory is the peak resident set of a process
+of its own that does three steps, less what it held before. ``--out`` is written after every model; a call adds to it.
 """
 
 from __future__ import annotations
