@@ -229,7 +229,12 @@ def _within(rows: list[Row]) -> str:
     """How many models are equal to their originals, in words."""
     compared = [row for row in rows if row.open_difference is not None]
     equal = [row for row in compared if max(row.open_difference or 0.0, row.skip_difference or 0.0) <= TOLERANCE]
-    return f"{len(equal)} of {len(compared)} are equal within {TOLERANCE:.0e}"
+    mixed = sum(row.skipped is not None and 0 < row.skipped < 1 for row in rows)
+    with_gates = sum(row.skipped is not None for row in rows)
+    return (
+        f"{len(equal)} of {len(compared)} are equal within {TOLERANCE:.0e}\n"
+        f"(with gates: {with_gates}; some decisions to skip and some to run in {mixed} of these)"
+    )
 
 
 def write_table(groups: dict[str, list[Row]]) -> None:
