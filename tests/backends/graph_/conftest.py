@@ -9,9 +9,9 @@ from tests.zoo import vector_net, vector_residual
 
 
 def small() -> Transformed:
-    """Two equal residual blocks between two layers."""
+    """Four equal residual blocks between two layers."""
     torch.manual_seed(0)
-    return e2pass.transform(vector_net(vector_residual(16), vector_residual(16)), torch.zeros(4, 12), [None, None])
+    return e2pass.transform(vector_net(*(vector_residual(16) for _ in range(4))), torch.zeros(4, 12), [None, None])
 
 
 @pytest.fixture(scope="session")
