@@ -168,9 +168,9 @@ def test_unseen_scales_are_the_tensors_own(tmp_path: Path) -> None:
     assert check_inference(path, t, torch.zeros(3, 12)) <= TOLERANCE
 
 
-def test_codes_of_other_widths(tmp_path: Path) -> None:
+def test_codes_of_other_widths_and_scales_of_channels(tmp_path: Path) -> None:
     inputs = torch.randn(4, 12)
-    config = e2pass.Config(smd=None, slu=None, psg=None, bits=e2pass.Bits(x=12, w=4))
+    config = e2pass.Config(smd=None, slu=None, psg=None, bits=e2pass.Bits(x=12, w=4, w_scale="channel"))
     t = e2pass.transform(vector_net(vector_residual(16)), inputs, config=config)
     t.model.train()(inputs)
     path = export_inference(t, inputs, tmp_path / "m.onnx")
