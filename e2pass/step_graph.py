@@ -9,8 +9,9 @@ from e2pass.cost import Technique
 from e2pass.program import Program
 from e2pass.rates import Rates
 from e2pass.report import CostReport
+from e2pass.step_batch import DATA, SMD_NODE
 from e2pass.step_cost import FreeOp, StepCost
-from e2pass.step_links import DATA, SMD_NODE, link
+from e2pass.step_links import link
 from e2pass.step_origin import describe
 from e2pass.training_graph import GraphNode, StepInfo, TrainingGraph, Writers
 from e2pass.training_step import BuiltStep, active, assumed_rates

@@ -9,25 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from e2pass.cost import OpSite, Phase, Technique, TensorSpec
-from e2pass.dump import dtype_name
+from e2pass.cost import Phase
 from e2pass.lowering.joint import Joint
 from e2pass.parameters import parameter_names
 from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.program import Program
+from e2pass.step_batch import DATA, TARGET_NODE, batch_nodes
 from e2pass.training_graph import GraphNode
 
 Contribution = tuple[list[str], int | None]
 """Who makes a part of a gradient, and the gate that decides whether it is made."""
 
-DATA = "data"
 LOSS = "loss"
-SMD_NODE = f"{DATA}/smd"
-TARGET = "target"
 
 
 def merge_name(value: str) -> str:
@@ -75,8 +71,7 @@ class _Linker:
         self.program, self.joints, self.gated = program, joints, "slu" in techniques
         self.plan = program.plans["train"]
         self.flat = {n.name: n for n in program.graphs["train"].graph.nodes}
-        self.drops = "smd" in techniques
-        self.nodes = {node.name: node for node in [*self._batch(), *nodes]}
+        self.nodes = {node.name: node for node in [*batch_nodes(program, joints, techniques), *nodes]}
         self.reads: dict[str, list[str]] = {name: list(node.operands) for name, node in self.nodes.items()}
         self.state: dict[str, list[str]] = {}
         self.values: dict[str, list[str]] = {}
@@ -110,42 +105,6 @@ class _Linker:
             for name, node in self.nodes.items()
         ]
         return sorted(linked, key=_position)  # stable: within a half of a stage the order stays
-
-    # The batch
-
-    def _batch(self) -> Iterator[GraphNode]:
-        """Operations that stand for the mini-batch: whether it comes at all, and each tensor of it."""
-        if self.drops:
-            site = OpSite(
-                SMD_NODE, "e2pass.smd.drop", (), (), region=DATA, phase=Phase.DATA, technique=Technique.SMD
-            )  # fmt: skip
-            yield GraphNode(site, "smd.drop", made_by="drop-batches", coasts=True)
-        above = (SMD_NODE,) if self.drops else ()
-        for name in self.plan.inputs:
-            value = self.flat[name].meta["val"]
-            specs = (self._spec(value),) if isinstance(value, Tensor) else ()
-            yield self._batch_node(name, specs, above, getattr(value, "dtype", None))
-        if LOSS in self.joints:
-            joint = self.joints[LOSS]
-            value = joint.graph.find_nodes(op="placeholder")[joint.inputs.index(("input", 1))].meta["val"]
-            yield self._batch_node(TARGET, (self._spec(value),), above, value.dtype)
-
-    def _batch_node(
-        self, name: str, specs: tuple[TensorSpec, ...], above: tuple[str, ...], dtype: torch.dtype | None
-    ) -> GraphNode:
-        name = f"{DATA}/{name}"
-        site = OpSite(name, "input", (), specs, region=DATA, phase=Phase.DATA)
-        dtypes = () if dtype is None else (dtype_name(dtype),)
-        return GraphNode(site, operands=above, dtypes=dtypes, made_by="capture")
-
-    def _spec(self, value: Tensor) -> TensorSpec:
-        return TensorSpec(tuple(self._size(s) for s in value.shape), value.dtype.itemsize * 8)
-
-    def _size(self, size: int | torch.SymInt) -> int:
-        if isinstance(size, int):
-            return size
-        expression = size.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, self.program.inputs.batch_size)))
 
     # Forward
 
@@ -247,7 +206,7 @@ class _Linker:
         output = next((v for v in self._model_outputs() if v in self.values), None)
         if output is None:
             return
-        self._placeholders(LOSS, {0: self._value(output), 1: [f"{DATA}/{TARGET}"]})
+        self._placeholders(LOSS, {0: self._value(output), 1: [TARGET_NODE]})
         self._contribute(output, self._joint_output(LOSS, ("grad", ("input", 0))), None)
 
     def _model_outputs(self) -> Iterator[str]:

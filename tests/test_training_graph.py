@@ -54,14 +54,14 @@ def test_nothing_floats(graph: TrainingGraph) -> None:
     """Everything but SMD's decision and what only parameters go into has a source, in the batch in the end."""
     network = graph.to_networkx()
     sources = [graph[name] for name in network if not network.pred[name]]
-    assert sources[0].name == "data/smd"
+    assert sources[0].name == "data/smd-drop"
     assert all(node.state for node in sources[1:])
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.body.1.weight", "2.body.3.weight", "3.weight", "3.bias"])
 def test_an_update_depends_on_the_whole_step(graph: TrainingGraph, name: str) -> None:
     above = ancestors(graph, f"update/{name}")
-    assert {"data/smd", "data/input_1", "data/target", "merge/slu_merge_0", "merge/slu_merge_1"} <= above
+    assert {"data/smd-drop", "data/input_1", "data/loss-target", "merge/slu_merge_0", "merge/slu_merge_1"} <= above
     assert {graph[n].site.region for n in above} >= {"loss", "gate_0", "gate_1", "trunk_0", "trunk_1"}
     assert sum(n.startswith("update/") for n in above) == 0
 
@@ -221,7 +221,7 @@ def test_expected_executions(transformed: Transformed, graph: TrainingGraph) -> 
     outside = [n.probability(graph.rates) for n in products if n.site.region.startswith("trunk_")]
     assert inside == pytest.approx([0.3] * 4)  # two layers in each of two blocks
     assert outside == pytest.approx([0.5] * 2)  # the first layer and the last
-    assert graph["data/smd"].probability(graph.rates) == 1.0
+    assert graph["data/smd-drop"].probability(graph.rates) == 1.0
     assert graph["data/input_1"].probability(graph.rates) == 0.5
 
 
@@ -299,7 +299,7 @@ def test_diff_of_the_techniques_one_by_one(transformed: Transformed, graph: Trai
     update = next(r for r in changes.replaced if r.after.name == "update/0.weight")
     assert update.changes == ("reads %trunk_0/mul_tensor instead of %trunk_0/t_3",)
     text = changes.to_text()
-    assert "+ %data/smd = e2pass.smd.drop {smd.drop}\n" in text
+    assert "+ %data/smd-drop = e2pass.smd.drop {smd.drop}\n" in text
     assert "~ %update/0.weight: reads %trunk_0/mul_tensor instead of %trunk_0/t_3\n" in text
     back = e2pass.diff(graph, graph.original)
     assert [n.name for n in back.removed] == [n.name for n in changes.added]

@@ -170,11 +170,11 @@ def _three(value: float) -> str:
 
 
 def test_neighbours_lead_on(opened: Browser, graph: TrainingGraph) -> None:
-    opened.find("#step-search").send_keys("data/target", ENTER)
-    assert opened.find("#step-details h2").text == "data/target"
+    opened.find("#step-search").send_keys("data/loss-target", ENTER)
+    assert opened.find("#step-details h2").text == "data/loss-target"
     assert "free: it arrives in off-chip memory" in opened.find("#step-details").text
     readers = [button.text for button in opened.all("#step-details .links button")]
-    assert readers == ["data/smd", *graph.readers("data/target")]
+    assert readers == ["data/smd-drop", *graph.readers("data/loss-target")]
     opened.all("#step-details .links button")[-1].click()
     assert opened.find("#step-details h2").text == readers[-1]
 
