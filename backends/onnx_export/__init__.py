@@ -1,6 +1,7 @@
-"""Export of the gated model in evaluation mode to ONNX, in standard operators that any runtime has."""
+"""Export to ONNX, in standard operators that any runtime has: the trained model, and the whole training step."""
 
 from e2pass.backends.onnx_export.check import check_inference
-from e2pass.backends.onnx_export.export import export_inference
+from e2pass.backends.onnx_export.inference import export_inference
+from e2pass.backends.onnx_export.training import export_training, training_state
 
-__all__ = ["check_inference", "export_inference"]
+__all__ = ["check_inference", "export_inference", "export_training", "training_state"]

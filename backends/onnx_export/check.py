@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from e2pass.backends.onnx_export.export import transformed_module
+from e2pass.backends.onnx_export.files import transformed_module
 from e2pass.errors import ExportError, InputError
 from e2pass.inputs import Inputs
 from e2pass.runtime.module import E2Module

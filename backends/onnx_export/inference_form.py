@@ -1,4 +1,4 @@
-"""The transformed model as torch.export can trace it: evaluation mode, masked, flat tensors in and out."""
+"""The transformed model as torch.export can trace it: evaluation mode, flat tensors in and out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from e2pass.backends.onnx_export.opaque import Body
 from e2pass.errors import ExportError, LoweringError
 from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module
 from e2pass.runtime.region import CompiledRegion
+from e2pass.runtime.runner import LoweringCache, RegionRunner
 
 
 class InferenceForm(nn.Module):
@@ -24,7 +26,7 @@ class InferenceForm(nn.Module):
     registries are the copy's own, so every parameter has the name it has in the model.
     """
 
-    def __init__(self, module: E2Module) -> None:
+    def __init__(self, module: E2Module, masked: bool) -> None:
         super().__init__()
         self.training = False
         twin = copy.deepcopy(module).eval()
@@ -32,7 +34,10 @@ class InferenceForm(nn.Module):
         for registry in ("_modules", "_parameters", "_buffers"):
             self.__dict__[registry] = twin.__dict__[registry]
         self.__dict__["_non_persistent_buffers_set"] = twin._non_persistent_buffers_set
+        self.masked = masked
         self.compiled: dict[str, CompiledRegion | None] = {}
+        self.bodies: dict[str, Body] = {}
+        self._own_runners: dict[str, RegionRunner] = {}
         self._preparing = False
         if twin.e2_slu is not None:
             # Counting decisions would become an output of the exported graph.
@@ -77,26 +82,58 @@ class InferenceForm(nn.Module):
                 values[step.out] = slu(step.index, values[step.fork], previous)
             elif isinstance(step, Skip):
                 assert slu is not None
-                (body,) = self._region(step.body, [values[n] for n in step.body.inputs])
-                values[step.out] = merge_masked(values[step.shortcut], body, values[step.gate], slu.factor(step.index))
+                inputs = [values[n] for n in step.body.inputs]
+                gate, shortcut = values[step.gate], values[step.shortcut]
+                if self.masked or self._preparing:
+                    (body,) = self._region(step.body, inputs)
+                    values[step.out] = merge_masked(shortcut, body, gate, slu.factor(step.index))
+                else:
+                    body = self._skipping(step.body, inputs, gate[0])
+                    factor = slu.factor(step.index)
+                    values[step.out] = shortcut + (body * factor if factor != 1.0 else body)
         output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, plan.output)
         return self.twin._executable.capture.rebuild(output, False)
 
+    def runner(self, name: str) -> RegionRunner:
+        """What runs a region: bodies that are skipped are lowered even where nothing else asks for it."""
+        own = self.twin._runners["eval"][name]
+        if self.masked or own.cache is not None or own.region.block is None:
+            return own
+        return self._own_runners.setdefault(name, RegionRunner(own.region, self.twin, LoweringCache(())))
+
     def _region(self, region: Region, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        runner = self.twin._runners["eval"][region.name]
+        runner = self.runner(region.name)
         if self._preparing:
-            self.compiled[region.name] = runner.prepared(inputs, _batch(region, inputs))
+            self._prepare(region, runner, inputs)
         compiled = self.compiled[region.name]
         if compiled is None:
             results: Sequence[Tensor] = runner.eager(*inputs)
             return results
         values = compiled.halves.inference(*runner.arguments(compiled, inputs))
-        if any(kind == "mutation" for kind, _ in compiled.side_keys):
+        return [v for v, (kind, _) in zip(values, compiled.halves.forward_outputs, strict=True) if kind == "output"]
+
+    def _prepare(self, region: Region, runner: RegionRunner, inputs: Sequence[Tensor]) -> None:
+        compiled = self.compiled[region.name] = runner.prepared(inputs, _batch(region, inputs))
+        if compiled is not None and any(kind == "mutation" for kind, _ in compiled.side_keys):
             raise ExportError(
                 f"region {region.name} writes to a buffer in evaluation mode, which an inference graph cannot hold; "
                 "make the model leave its buffers alone in eval()"
             )
-        return [v for v, (kind, _) in zip(values, compiled.halves.forward_outputs, strict=True) if kind == "output"]
+        if region.block is not None and not self.masked:
+            if compiled is None:
+                raise ExportError(
+                    f"region {region.name} could not be lowered, so it cannot be a branch of its own; "
+                    "export with masked=True"
+                )
+            self.bodies[region.name] = Body(region, compiled, training=False)
+
+    def _skipping(self, region: Region, inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+        body = self.bodies[region.name]
+        arguments = self.runner(region.name).arguments(body.compiled, inputs)
+        results = torch.ops.e2pass.body(arguments, mask, region.name)
+        (whole,) = (r for r, ((kind, _), _) in zip(results, body.outputs(), strict=True) if kind == "output")
+        result: Tensor = whole
+        return result
 
     def place_of(self, operator: str) -> str:
         """Where a region calls an ATen operator first, in words; ``""`` if none does."""
@@ -113,7 +150,7 @@ class InferenceForm(nn.Module):
         if compiled is not None:
             return compiled.halves.inference.graph.nodes
         try:
-            return self.twin._runners["eval"][region.name].lower(region.specs, 2).graph.nodes
+            return self.runner(region.name).lower(region.specs, 2).graph.nodes
         except LoweringError:
             return ()
 

@@ -9,6 +9,7 @@ benefit under an energy budget and the target skip ratio is reached and held.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,9 +70,14 @@ class _Pass:
             relative = slu.weight * len(slu.gates)
             self.offsets = (eagerness.clamp(-Gate.REACH, Gate.REACH) - slu.price * relative).unbind()
             self.costs = (relative * (slu.ALPHA if slu.inject and slu.training else 0.0)).unbind()
-            self.step = int(slu.steps) if slu.training else 0
         self.decisions: list[tuple[int, Tensor]] = []
         self.generator: torch.Generator | None = None
+        self._slu = slu
+
+    @cached_property
+    def step(self) -> int:
+        """Looked at only where it is needed: a trace for export cannot look at values."""
+        return int(self._slu.steps) if self._slu.training else 0
 
 
 class SLUGates(nn.Module):

@@ -66,6 +66,13 @@ class CompiledRegion:
             results = self.inference(*tensors)
         return [results[i] for i in self._values], [results[i] for i in self._side]
 
+    def in_order(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Results of the backward half as one gradient per forward input and shadow, None where there is none."""
+        ordered: list[Tensor | None] = [None] * self._n_inputs
+        for index, slot in self._grad_slot.items():
+            ordered[slot] = gradients[index]
+        return ordered
+
 
 class _Region(torch.autograd.Function):
     """Saves what the partition says and nothing else, and lets go of it as backward proceeds; no double backward."""
@@ -100,13 +107,10 @@ class _Region(torch.autograd.Function):
         arguments = [*saved, *ctx.ints, *tangents]
         del saved, tangents, grads
         results = region.backward(arguments)
-        out: list[Tensor | None] = [None] * region._n_inputs
-        for index, (kind, key) in enumerate(halves.backward_outputs):
+        for result, (kind, key) in zip(results, halves.backward_outputs, strict=True):
             if kind == "counts":
-                ctx.on_counts(key, results[index])
-            else:
-                out[region._grad_slot[index]] = results[index]
-        return (None, None, None, *out)
+                ctx.on_counts(key, result)
+        return (None, None, None, *region.in_order(results))
 
 
 def _as_it_is(half: fx.GraphModule) -> Callable[..., Any]:

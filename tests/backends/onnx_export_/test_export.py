@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -117,13 +118,20 @@ def test_gates_are_part_of_the_file(exported: tuple[Transformed, Tensor, Path]) 
 
 
 def test_weights_keep_their_names(exported: tuple[Transformed, Tensor, Path]) -> None:
+    """Quantized ones are stored as integer codes and a scale; what these decode to is within half a step."""
     t, _, path = exported
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
-    parameters = dict(t.model.named_parameters())
-    assert set(parameters) <= set(stored)
-    assert any(name.startswith("e2_slu.") for name in parameters)
-    for name, parameter in parameters.items():
-        np.testing.assert_array_equal(stored[name], parameter.detach().numpy())
+    quantized = t.model._executable.config.bits is not None
+    layers = {f"{name}.weight" for name, m in t.unwrap().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    for name, parameter in t.model.named_parameters():
+        if quantized and name in layers:
+            codes, scale = stored[f"{name}.codes"], stored[f"{name}.scale"]
+            assert codes.dtype == np.int8
+            assert name not in stored
+            np.testing.assert_allclose(codes * scale, parameter.detach().numpy(), atol=0.501 * float(scale), rtol=0)
+        else:
+            np.testing.assert_array_equal(stored[name], parameter.detach().numpy())
+    assert any(name.startswith("e2_slu.") for name in stored)
 
 
 def test_file_is_standard_complete_and_silent_about_where_it_was_made(
@@ -133,6 +141,7 @@ def test_file_is_standard_complete_and_silent_about_where_it_was_made(
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {opset.domain for opset in model.opset_import} == {""}
+    assert not model.functions  # all scales are frozen
     assert [f.name for f in path.parent.iterdir()] == [path.name]  # no weights beside it, nothing temporary
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert os.fsencode(Path(e2pass.__file__).parent) not in path.read_bytes()
@@ -195,6 +204,50 @@ def test_vit(tmp_path: Path) -> None:
     assert [value.name for value in stored.output] == ["logits"]
     for batch in BATCHES:
         assert check_inference(path, t, {"pixel_values": pixels[:batch]}) <= TOLERANCE
+
+
+def everything_runs_masked(path: Path) -> bool:
+    return not any(node.op_type in ("If", "NonZero", "ScatterND") for node in onnx.load(path).graph.node)
+
+
+def test_masked_form_has_no_control_flow(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(24, 12)
+    t = e2pass.transform(vector_net(vector_residual(16), vector_residual(16)), inputs[:4], config="slu")
+    with_deciding_gates(t, (inputs,))
+    path = export_inference(t, inputs[:4], tmp_path / "m.onnx", masked=True)
+    assert everything_runs_masked(path)
+    assert check_inference(path, t, inputs) <= TOLERANCE
+
+
+def executed(path: Path, folder: Path, value: Tensor) -> set[str]:
+    """Names of the nodes that onnxruntime ran, by its own profile, graph optimizations off."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {session.get_inputs()[0].name: value.numpy()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return {event["name"] for event in events if event["cat"] == "Node"}
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_nodes_of_a_skipped_block_do_not_run(tmp_path: Path, batch: int) -> None:
+    """The profile of a batch that no gate opens for holds no node of any body; of one that all open for, all nodes."""
+    torch.manual_seed(0)
+    inputs = torch.randn(batch, 12)
+    t = e2pass.transform(vector_net(vector_residual(16), vector_residual(16)), torch.randn(4, 12), config="slu")
+    assert t.model.e2_slu is not None
+    ran = {}
+    for kind, price in (("open", -1e3), ("closed", 1e3)):
+        t.model.e2_slu.price.fill_(price)
+        path = export_inference(t, inputs, tmp_path / f"{kind}.onnx", dynamic_batch=batch > 1)
+        assert check_inference(path, t, inputs) <= TOLERANCE
+        names = executed(path, tmp_path, inputs)
+        ran[kind] = {name for name in names if "body_" in name and "/" in name}
+    assert ran["open"]
+    assert not ran["closed"]
 
 
 def test_convolution_in_three_dimensions_without_bias(tmp_path: Path) -> None:
