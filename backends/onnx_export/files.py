@@ -82,24 +82,30 @@ def check_size(model: ir.Model) -> None:
         )
 
 
-def write_model(model: ir.Model, path: Path) -> None:
+def write_model(model: ir.Model, path: Path, *, runs: bool = True) -> None:
     """Complete the model, check it in a file of its own, then move it into place.
+
+    Args:
+        model: What to write.
+        path: Where.
+        runs: False for a graph of other operators, to be looked at: it is written as it is.
 
     Raises:
         ExportError: If the ONNX checker refuses it.
     """
-    # The exporter's records of its own run have no place in the file.
-    common_passes.ClearMetadataAndDocStringPass()(model)
-    common_passes.RemoveUnusedNodesPass()(model)
-    add_functions(model)
-    unique_names(model)
-    _import_opsets(model)
+    if runs:
+        # The exporter's records of its own run have no place in the file.
+        common_passes.ClearMetadataAndDocStringPass()(model)
+        common_passes.RemoveUnusedNodesPass()(model)
+        add_functions(model)
+        unique_names(model)
+        _import_opsets(model)
     model.producer_name = "e2pass"
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         ir.save(model, temporary)
-        onnx.checker.check_model(temporary, full_check=True)
+        onnx.checker.check_model(temporary, full_check=runs)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -9,6 +9,7 @@ import typer
 
 from e2pass.cli.cost import analyze, compare
 from e2pass.cli.errors import one_line_errors
+from e2pass.cli.export import export
 from e2pass.cli.inspection import inspect
 from e2pass.cli.opt import opt
 from e2pass.cli.options import check_output
@@ -38,6 +39,7 @@ app.command()(analyze)
 app.command()(compare)
 app.command()(inspect)
 app.command()(opt)
+app.command()(export)
 
 
 @app.command()

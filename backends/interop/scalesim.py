@@ -1,0 +1,30 @@
+"""A SCALE-Sim topology (github.com/scalesim-project/scale-sim-v3): the step's products as matrix products."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from e2pass.backends.interop.files import write_text
+from e2pass.backends.interop.products import step_products
+from e2pass.backends.interop.zigzag import gemm
+from e2pass.training_graph import TrainingGraph
+
+
+def write_scalesim(graph: TrainingGraph, path: str | Path) -> Path:
+    """Write forward, dX, dW and predictor products as a CSV of M, N, K, for ``scalesim -i gemm``.
+
+    A convolution is the matrix product that an im2col makes of it. Of the equal products of a grouped convolution or of
+    attention heads one is written, and its name ends in ``_xG``: multiply by G.
+
+    Raises:
+        InputError: If no file can be written there.
+        ExportError: If a product has no loop nest; the message names it.
+    """
+    lines = ["Layer,M,N,K,"]
+    for product in step_products(graph):
+        name = re.sub(r"\W+", "_", f"{product.kind}_{product.name}")
+        suffix = f"_x{product.nest.g}" if product.nest.g > 1 else ""
+        m, n, inner = gemm(product.nest)
+        lines.append(f"{name}{suffix},{m},{n},{inner},")
+    return write_text("\n".join(lines) + "\n", path)
