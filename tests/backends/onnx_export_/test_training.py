@@ -117,8 +117,9 @@ def test_each_step_from_pytorchs_state(signs: Pair, digits: tuple[Tensor, Tensor
                 continue
             same = np.sign(found[f"grad.{name}"]) == np.sign(p.grad.numpy())
             equal, total = equal + int(same.sum()), total + same.size
-            if not same.all() and name in margins:
+            if not same.all():
                 flipped.add(name)
+            if not same.all() and name in margins:  # none for a body that is lowered anew in this very step
                 assert float(margins[name].numpy()[~same].max()) < NEAR
         for name, difference in signs.differences(found).items():
             owner = name.removesuffix(".momentum_buffer")
