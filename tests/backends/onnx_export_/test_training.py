@@ -26,7 +26,7 @@ from tests.backends.onnx_export_.ties import ties
 from tests.zoo import vector_net, vector_residual
 
 BATCH = 32
-NEAR = 0.02  # of the magnitudes that a gradient sums, into which a tie of one of the predictor's 4-bit codes enters
+NEAR = 1 / 16  # of the magnitudes that a gradient sums: half a step of the predictor's 4-bit codes
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
