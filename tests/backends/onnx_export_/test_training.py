@@ -26,7 +26,7 @@ from tests.backends.onnx_export_.ties import ties
 from tests.zoo import vector_net, vector_residual
 
 BATCH = 32
-NEAR = 1 / 16  # of the magnitudes that a gradient sums: half a step of the predictor's 4-bit codes
+NEAR = 1 / 64  # of the magnitudes that a gradient sums: two steps of the predictor's 8-bit codes
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -90,7 +90,7 @@ def signs(digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactor
     """
     torch.manual_seed(0)
     images, labels = digits
-    config = e2pass.Config(smd=None, bits=e2pass.Bits(x=16, w=16))
+    config = e2pass.Config(smd=None, bits=e2pass.Bits(x=16, w=16), psg=e2pass.PSG(x_bits=8, gy_bits=14))
     t = e2pass.transform(e2pass.models.resnet(8), images[:BATCH], config=config)
     opt = torch.optim.SGD(t.param_groups(0.05, weight_decay=1e-4), lr=0.05, momentum=0.9)
     path = tmp_path_factory.mktemp("step") / "step.onnx"
