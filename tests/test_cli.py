@@ -169,7 +169,7 @@ BAD = {
     "input misfit": (["analyze", *RESNET, "--input", "4x1x8x8"], "ResNet"),
     "format": (["analyze", *RESNET, *SMALL, "-f", "xml"], "choose one of table, json, csv, md"),
     "preset": (["analyze", *RESNET, *SMALL, "--config", "e3"], "unknown config 'e3'; give"),
-    "board": (["analyze", *RESNET, *SMALL, "--board", "none"], "no board 'none': give one of zedboard"),
+    "board": (["analyze", *RESNET, *SMALL, "--board", "none"], "no board 'none': give one of asic45, zcu102, zedboard"),
     "output folder": (["analyze", *RESNET, *SMALL, "-o", "none/cost.json"], "there is no folder"),
     "output is a folder": (["analyze", *RESNET, *SMALL, "-o", "."], "it is a folder"),
     "dW": (["analyze", *RESNET, *SMALL, "--dw-skips", "tile"], "choose 'element' or 'tensor'"),
