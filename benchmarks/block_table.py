@@ -22,7 +22,7 @@ import json
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def pytorchcv_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
         name = entry["model"]
         rule = "; ".join(part for part in (entry["units"], entry["note"]) if part)
         if name in done:
-            rows.append(done[name])
+            rows.append(replace(done[name], expected=int(entry["expected"]), rule=rule))
         elif turn.takes(name):
             file, constructor = name.split(".")
             model: nn.Module = getattr(importlib.import_module(f"pytorchcv.models.{file}"), constructor)()
