@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 import e2pass
 import e2pass.models
 from e2pass.cost import Phase
-from e2pass.step_cost import StepCost
+from e2pass.step.cost import StepCost
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "out" / "mac_counts.jsonl"

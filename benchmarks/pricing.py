@@ -34,8 +34,8 @@ from e2pass.passes.lower import Lower
 from e2pass.passes.manager import PassManager
 from e2pass.passes.outline import Outline
 from e2pass.passes.price import Price
-from e2pass.step_cost import price_step
-from e2pass.training_step import TrainingStep
+from e2pass.step.cost import price_step
+from e2pass.step.training_step import TrainingStep
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "out" / "pricing.json"

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from e2pass.config import Bits as Bits
     from e2pass.config import Config as Config
     from e2pass.errors import E2PassError as E2PassError
-    from e2pass.graph_diff import diff as diff
-    from e2pass.rates import PredictorHardware as PredictorHardware
-    from e2pass.rates import Rates as Rates
     from e2pass.report import compare as compare
+    from e2pass.step.diff import diff as diff
+    from e2pass.step.rates import PredictorHardware as PredictorHardware
+    from e2pass.step.rates import Rates as Rates
     from e2pass.torch_backend import psg_backend as psg_backend
 
 __version__ = "0.1.0.dev0"
@@ -39,10 +39,10 @@ _HOME = {
     "PSG": "e2pass.config",
     "SLU": "e2pass.config",
     "SMD": "e2pass.config",
-    "PredictorHardware": "e2pass.rates",
-    "Rates": "e2pass.rates",
+    "PredictorHardware": "e2pass.step.rates",
+    "Rates": "e2pass.step.rates",
     "analyze": "e2pass.api",
-    "diff": "e2pass.graph_diff",
+    "diff": "e2pass.step.diff",
     "compare": "e2pass.report",
     "psg_backend": "e2pass.torch_backend",
     "transform": "e2pass.api",

@@ -31,14 +31,14 @@ from e2pass.passes.price import Price, WeighGates
 from e2pass.passes.quantize import Quantize
 from e2pass.passes.registry import parse
 from e2pass.program import Program
-from e2pass.rates import PredictorHardware
 from e2pass.report import CostReport
 from e2pass.runtime.module import E2Module, Executable
 from e2pass.runtime.runner import LoweringCache
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.steps import StepCounter
-from e2pass.training_graph import STANDARD
-from e2pass.training_step import TrainingStep
+from e2pass.step.graph import STANDARD
+from e2pass.step.rates import PredictorHardware
+from e2pass.step.training_step import TrainingStep
 from e2pass.transformed import Transformed
 
 Loss = Callable[..., torch.Tensor]

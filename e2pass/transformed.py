@@ -16,13 +16,13 @@ from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, InputError
 from e2pass.program import Program
-from e2pass.rates import PredictorHardware, Rates
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.module import E2Module
-from e2pass.step_graph import build_graph
-from e2pass.training_graph import STANDARD, TrainingGraph, Writers
-from e2pass.training_step import TrainingStep, assumed_rates
+from e2pass.step.build import build_graph
+from e2pass.step.graph import STANDARD, TrainingGraph, Writers
+from e2pass.step.rates import PredictorHardware, Rates
+from e2pass.step.training_step import TrainingStep, assumed_rates
 from e2pass.verification import VerifyReport, verify
 
 

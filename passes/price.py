@@ -11,7 +11,7 @@ import torch
 from e2pass.diagnostics import Diagnostics
 from e2pass.passes.base import Pass, PassResult
 from e2pass.program import Program
-from e2pass.training_step import TrainingStep, block_energy
+from e2pass.step.training_step import TrainingStep, block_energy
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from e2pass.backends.fpga import FpgaCostModel
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
-from e2pass.rates import PredictorHardware, Rates
 from e2pass.report import CostReport
-from e2pass.step_cost import UnitPrices
-from e2pass.step_pricing import PricedNodes
-from e2pass.training_graph import GraphNode
+from e2pass.step.cost import UnitPrices
+from e2pass.step.graph import GraphNode
+from e2pass.step.pricing import PricedNodes
+from e2pass.step.rates import PredictorHardware, Rates
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>&$_{b}|[x](y)%\\"
 """A module path that is code in every format, if it is not escaped."""

@@ -13,11 +13,11 @@ from torch import nn
 import e2pass
 from e2pass.cost import Free, OpCost, OpSite, Phase, TensorSpec, Unsupported
 from e2pass.errors import ConfigError
-from e2pass.rates import PredictorHardware, Rates, remaining
 from e2pass.report import CostReport
-from e2pass.step_cost import UnitPrices
-from e2pass.step_pricing import PricedNodes
-from e2pass.training_graph import GraphNode
+from e2pass.step.cost import UnitPrices
+from e2pass.step.graph import GraphNode
+from e2pass.step.pricing import PricedNodes
+from e2pass.step.rates import PredictorHardware, Rates, remaining
 from e2pass.transformed import Transformed
 from tests.zoo import vector_net, vector_residual
 

@@ -11,7 +11,7 @@ from e2pass.backends.graph.text import section_of
 from e2pass.cost import Technique
 from e2pass.dump import short_op
 from e2pass.errors import InputError
-from e2pass.training_graph import Edge, EdgeKind, GraphNode, TrainingGraph
+from e2pass.step.graph import Edge, EdgeKind, GraphNode, TrainingGraph
 
 _FILL = {Technique.SMD: "#fbe3c0", Technique.SLU: "#ffe0b8", Technique.BITS: "#d8e8fb", Technique.PSG: "#d9f0dc"}
 _STROKE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from e2pass.training_graph import GraphNode, TrainingGraph
+from e2pass.step.graph import GraphNode, TrainingGraph
 
 if TYPE_CHECKING:
     import networkx as nx

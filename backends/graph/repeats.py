@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from e2pass.training_graph import GraphNode, TrainingGraph
+from e2pass.step.graph import GraphNode, TrainingGraph
 
 LONGEST_PERIOD = 16
 

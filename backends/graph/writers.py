@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from e2pass.report import CostReport
-    from e2pass.training_graph import TrainingGraph
+    from e2pass.step.graph import TrainingGraph
 
 
 class GraphWriters:
-    """Implements ``e2pass.training_graph.Writers``."""
+    """Implements ``e2pass.step.graph.Writers``."""
 
     def text(self, graph: TrainingGraph) -> str:
         """Return a stable dump."""

@@ -11,9 +11,9 @@ from e2pass.report import CostReport, StepCost, pivot
 from e2pass.report.bars import waterfall
 from e2pass.report.cells import Cell
 from e2pass.report.units import percent, si
-from e2pass.step_cost import Totals
-from e2pass.variant import NAMES as TECHNIQUE_NAMES
-from e2pass.variant import Variant
+from e2pass.step.cost import Totals
+from e2pass.step.variant import NAMES as TECHNIQUE_NAMES
+from e2pass.step.variant import Variant
 
 Option = dict[str, Any]
 

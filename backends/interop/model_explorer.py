@@ -8,7 +8,7 @@ from pathlib import Path
 from e2pass.backends.interop.annotated import value_name
 from e2pass.backends.interop.files import write_text
 from e2pass.errors import InputError
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 
 VALUES = ("energy_j", "time_s", "macs")
 GRAPH = "training_step"

@@ -8,7 +8,7 @@ from pathlib import Path
 from e2pass.backends.interop.files import write_text
 from e2pass.backends.interop.products import step_products
 from e2pass.backends.interop.zigzag import gemm
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 
 
 def write_scalesim(graph: TrainingGraph, path: str | Path) -> Path:

@@ -10,7 +10,7 @@ import yaml
 from e2pass.backends.fpga.nest import Nest
 from e2pass.backends.interop.files import write_text
 from e2pass.backends.interop.products import StepProduct, step_products
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 
 ACCUMULATOR_BITS = 32
 

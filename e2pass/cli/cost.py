@@ -52,7 +52,7 @@ def analyze(
         from e2pass.cli.output import write_report
         from e2pass.cli.target import build_model, parse_inputs
         from e2pass.errors import InputError
-        from e2pass.rates import PredictorHardware
+        from e2pass.step.rates import PredictorHardware
 
         one_of("--format", fmt, FORMATS)
         check_output(out)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from e2pass.graph_diff import GraphDiff
-    from e2pass.training_graph import GraphNode, TrainingGraph
+    from e2pass.step.diff import GraphDiff
+    from e2pass.step.graph import GraphNode, TrainingGraph
     from e2pass.transformed import Transformed
 
 Filter = Annotated[str | None, typer.Option(help="Show only this part of the graph")]
@@ -71,7 +71,7 @@ def inspect(
 
 
 def _narrowed(t: Transformed, part: TrainingGraph) -> GraphDiff:
-    from e2pass.graph_diff import GraphDiff
+    from e2pass.step.diff import GraphDiff
 
     whole = t.graph.diff()
     if part is t.graph:
@@ -181,7 +181,7 @@ def _facts(graph: TrainingGraph, node: GraphNode) -> Iterator[tuple[str, str]]:
 
 def _cost(graph: TrainingGraph, node: GraphNode) -> Iterator[tuple[str, str]]:
     from e2pass.report import si
-    from e2pass.step_cost import FreeOp
+    from e2pass.step.cost import FreeOp
 
     row = graph.costs.get(node.name)
     if row is None:

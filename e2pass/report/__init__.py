@@ -14,8 +14,8 @@ from e2pass.report.files import save
 from e2pass.report.rooflines import Ceilings, RooflinePoint, roofline
 from e2pass.report.run import RunCost, RunTotals
 from e2pass.report.units import si
-from e2pass.step_cost import CostRow, Coverage, FreeOp, StepCost, Totals, UnpricedOp, price_step
-from e2pass.variant import Variant
+from e2pass.step.cost import CostRow, Coverage, FreeOp, StepCost, Totals, UnpricedOp, price_step
+from e2pass.step.variant import Variant
 
 __all__ = [
     "BASIS",

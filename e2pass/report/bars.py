@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from e2pass.step_cost import Totals
-from e2pass.variant import NAMES, Variant
+from e2pass.step.cost import Totals
+from e2pass.step.variant import NAMES, Variant
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from e2pass.errors import InputError
-from e2pass.step_cost import CostRow, StepCost
+from e2pass.step.cost import CostRow, StepCost
 
 DIMENSIONS: Mapping[str, Callable[[CostRow], str]] = {
     "name": lambda row: row.name,

@@ -14,7 +14,7 @@ from e2pass.report.files import save
 from e2pass.report.markdown import escaped, section_lines
 from e2pass.report.sections import Cell, Section
 from e2pass.report.units import si
-from e2pass.step_cost import StepCost, Totals
+from e2pass.step.cost import StepCost, Totals
 
 if TYPE_CHECKING:
     from rich.console import Group

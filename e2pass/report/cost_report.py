@@ -15,8 +15,8 @@ from e2pass.report.bars import Bar, waterfall
 from e2pass.report.files import save
 from e2pass.report.rooflines import Ceilings, RooflinePoint, roofline
 from e2pass.report.run import RunCost, RunTotals, nominal_steps
-from e2pass.step_cost import Coverage, StepCost, coverage_of
-from e2pass.variant import Variant
+from e2pass.step.cost import Coverage, StepCost, coverage_of
+from e2pass.step.variant import Variant
 
 if TYPE_CHECKING:
     import os

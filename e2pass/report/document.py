@@ -13,8 +13,8 @@ from e2pass.report.cells import pivot
 from e2pass.report.cost_report import BASIS, CostReport
 from e2pass.report.rooflines import Ceilings, roofline
 from e2pass.report.run import RunCost, RunTotals
-from e2pass.step_cost import CostRow, FreeOp, StepCost, Totals, UnpricedOp
-from e2pass.variant import Variant
+from e2pass.step.cost import CostRow, FreeOp, StepCost, Totals, UnpricedOp
+from e2pass.step.variant import Variant
 
 SCHEMA = "e2pass/cost-report/2"
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from e2pass.report.cost_report import BASIS, CostReport
-from e2pass.step_cost import StepCost
-from e2pass.variant import Variant
+from e2pass.step.cost import StepCost
+from e2pass.step.variant import Variant
 
 
 def to_csv(report: CostReport) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from e2pass.cost import Phase, Technique
-from e2pass.step_cost import StepCost
+from e2pass.step.cost import StepCost
 
 
 @dataclass(frozen=True)

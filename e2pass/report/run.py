@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from e2pass.errors import InputError
-from e2pass.step_cost import Totals
+from e2pass.step.cost import Totals
 
 
 @dataclass(frozen=True)

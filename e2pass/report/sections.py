@@ -11,7 +11,7 @@ from e2pass.report.bars import waterfall
 from e2pass.report.cells import pivot
 from e2pass.report.cost_report import BASIS, CostReport
 from e2pass.report.units import duration, percent, si
-from e2pass.step_cost import StepCost, Totals
+from e2pass.step.cost import StepCost, Totals
 
 SHOWN_UNPRICED = 12
 SHOWN_LAYERS = 12

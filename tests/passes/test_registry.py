@@ -23,7 +23,7 @@ from e2pass.passes.base import Pass, PassResult
 from e2pass.passes.manager import PassManager
 from e2pass.passes.verify import verify
 from e2pass.program import Program
-from e2pass.training_step import TrainingStep
+from e2pass.step.training_step import TrainingStep
 from tests.zoo import Residual, conv_bn, conv_residual, image_net, vector_net
 
 NAMES = tuple(registry.PASSES)

@@ -14,7 +14,7 @@ from e2pass.backends.html import cost_fragment
 from e2pass.backends.html.page import Asset, Fragment, page
 from e2pass.diagnostics import Diagnostic
 from e2pass.report import CostReport
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 
 PACKAGE = "e2pass.backends.graph.page"
 STYLES = ("static/step.css",)

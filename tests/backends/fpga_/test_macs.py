@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import e2pass
 from benchmarks.mac_counts import analyzed_counts, measure
 from e2pass.cost import Phase
-from e2pass.step_cost import CostRow
+from e2pass.step.cost import CostRow
 from tests.zoo import ZOO
 
 

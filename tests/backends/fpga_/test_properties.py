@@ -12,7 +12,7 @@ from e2pass.backends.fpga import FpgaCostModel
 from e2pass.backends.fpga.mapper import map_nest
 from e2pass.cost import OpSite, Technique
 from e2pass.models import resnet
-from e2pass.step_cost import price_step
+from e2pass.step.cost import price_step
 from tests.backends.fpga_.sites import T, conv, conv_backward, mm, site
 
 ZED = FpgaCostModel("zedboard")

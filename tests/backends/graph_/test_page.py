@@ -17,7 +17,7 @@ import e2pass
 from e2pass.backends.graph.page import to_html
 from e2pass.backends.graph.page.data import page_data, to_json
 from e2pass.report import si
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 from tests.browser import Browser
 from tests.zoo import vector_residual
 

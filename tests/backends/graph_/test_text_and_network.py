@@ -11,7 +11,7 @@ from pathlib import Path
 import networkx as nx
 
 from e2pass.backends.graph.text import type_text
-from e2pass.training_graph import TrainingGraph
+from e2pass.step.graph import TrainingGraph
 from e2pass.transformed import Transformed
 from tests.backends.graph_.conftest import small
 

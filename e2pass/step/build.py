@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from e2pass.cost import Technique
 from e2pass.program import Program
-from e2pass.rates import Rates
 from e2pass.report import CostReport
-from e2pass.step_batch import DATA, SMD_NODE
-from e2pass.step_cost import FreeOp, StepCost
-from e2pass.step_links import link
-from e2pass.step_origin import describe
-from e2pass.training_graph import GraphNode, StepInfo, TrainingGraph, Writers
-from e2pass.training_step import BuiltStep, active, assumed_rates
+from e2pass.step.batch import DATA, SMD_NODE
+from e2pass.step.cost import FreeOp, StepCost
+from e2pass.step.graph import GraphNode, StepInfo, TrainingGraph, Writers
+from e2pass.step.links import link
+from e2pass.step.origin import describe
+from e2pass.step.rates import Rates
+from e2pass.step.training_step import BuiltStep, active, assumed_rates
 
 
 def build_graph(program: Program, writers: Writers, report: Callable[[], CostReport]) -> TrainingGraph:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from e2pass.dump import short_op
-from e2pass.training_graph import GraphNode, TrainingGraph
+from e2pass.step.graph import GraphNode, TrainingGraph
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from e2pass.cost import Free, OpCost, OpSite, Phase, Technique, Unsupported
-from e2pass.rates import PredictorHardware, Rates, remaining
-from e2pass.step_cost import CostRow, FreeOp, StepCost, Totals, UnitPrices, placed, unpriced_op
-from e2pass.training_graph import GraphNode
-from e2pass.variant import Variant
+from e2pass.step.cost import CostRow, FreeOp, StepCost, Totals, UnitPrices, placed, unpriced_op
+from e2pass.step.graph import GraphNode
+from e2pass.step.rates import PredictorHardware, Rates, remaining
+from e2pass.step.variant import Variant
 
 Array = NDArray[np.float64]
 FIXED = 5  # columns before those of the levels: MACs, element-wise operations, seconds, saved bytes both ways

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from e2pass.step_cost import Totals
+from e2pass.step.cost import Totals
 
 NAMES: Mapping[str, str] = {"smd": "SMD", "slu": "SLU", "bits": "low precision", "psg": "PSG"}
 """How each technique is called in reports."""

@@ -12,18 +12,18 @@ from e2pass.cost import CostModel, Phase
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, LoweringError
 from e2pass.lowering.joint import Joint
-from e2pass.outside import Outside
 from e2pass.program import Program
-from e2pass.rates import TECHNIQUES, PredictorHardware, Rates
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
-from e2pass.side_graphs import first_output, lower_loss
-from e2pass.sites import Place, joint_nodes
-from e2pass.step_cost import StepCost, UnitPrices, price_step
-from e2pass.step_links import LOSS
-from e2pass.step_pricing import PricedNodes
-from e2pass.training_graph import STANDARD, GraphNode
-from e2pass.variant import Variant
+from e2pass.step.cost import StepCost, UnitPrices, price_step
+from e2pass.step.graph import STANDARD, GraphNode
+from e2pass.step.links import LOSS
+from e2pass.step.outside import Outside
+from e2pass.step.pricing import PricedNodes
+from e2pass.step.rates import TECHNIQUES, PredictorHardware, Rates
+from e2pass.step.side_graphs import first_output, lower_loss
+from e2pass.step.sites import Place, joint_nodes
+from e2pass.step.variant import Variant
 
 OPTIMIZERS: dict[str, int] = {
     "sgd": 0, "sgd_momentum": 1, "sgd_nesterov": 1, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1,

@@ -17,16 +17,16 @@ from e2pass.diagnostics import Diagnostics
 from e2pass.errors import InputError
 from e2pass.lowering.joint import Joint
 from e2pass.lowering.partition import Halves, partition
-from e2pass.rates import PredictorHardware, Rates
-from e2pass.step_cost import CostRow, FreeOp, StepCost, UnpricedOp
+from e2pass.step.cost import CostRow, FreeOp, StepCost, UnpricedOp
+from e2pass.step.rates import PredictorHardware, Rates
 
 if TYPE_CHECKING:
     import os
 
     import networkx as nx
 
-    from e2pass.graph_diff import GraphDiff
     from e2pass.report import CostReport
+    from e2pass.step.diff import GraphDiff
 
     File = str | os.PathLike[str] | None
 
@@ -353,7 +353,7 @@ class TrainingGraph:
 
     def diff(self, original: TrainingGraph | None = None) -> GraphDiff:
         """What was added, replaced and removed, seen from the original step, or from another graph."""
-        from e2pass.graph_diff import diff
+        from e2pass.step.diff import diff
 
         return diff(self.original if original is None else original, self)
 

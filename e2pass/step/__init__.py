@@ -1,0 +1,1 @@
+"""The training step as one graph: its operations, how often each happens, and what they cost."""
