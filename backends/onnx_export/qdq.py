@@ -35,8 +35,8 @@ def to_qdq(model: ir.Model) -> None:
         assert node.inputs[1] is not None
         name = node.inputs[0].name
         codes = _initializer(model, f"{name}.codes", found[node.outputs[0]])
-        scale = _initializer(model, f"{name}.scale", found[node.inputs[1]])
-        _decode_by(node, codes, scale)
+        held, axis = _axis_form(found[node.inputs[1]])
+        _decode_by(node, codes, _initializer(model, f"{name}.scale", held), axis)
     for node in frozen:
         running = _frozen_scale(node)
         assert running is not None
@@ -101,10 +101,17 @@ def _initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
     return model.graph.initializers[name]
 
 
-def _decode_by(encoder: ir.Node, codes: ir.Value, scale: ir.Value) -> None:
+def _axis_form(scale: Array) -> tuple[Array, int | None]:
+    """From a scale that broadcasts over the codes to a list along one axis, or to one number."""
+    axes = [d for d, size in enumerate(scale.shape) if size != 1]
+    assert len(axes) <= 1
+    return (scale.reshape(-1), axes[0]) if axes else (scale.reshape(()), None)
+
+
+def _decode_by(encoder: ir.Node, codes: ir.Value, scale: ir.Value, axis: int | None) -> None:
     for user, _ in list(encoder.outputs[0].uses()):
         assert user.op_type == "Dequantize"
-        _replace(user, ir.node("DequantizeLinear", [codes, scale]))
+        _replace(user, ir.node("DequantizeLinear", [codes, scale], {} if axis is None else {"axis": axis}))
 
 
 def _quantize_by(model: ir.Model, encoder: ir.Node, scale: Array) -> None:
