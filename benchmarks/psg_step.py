@@ -57,8 +57,8 @@ def variants(depth: int, batch: int, compiled: bool) -> dict[str, Step]:
         "8 bits": e2pass.Config(smd=None, slu=None, psg=None),
         "psg": e2pass.Config(smd=None, slu=None),
         "psg, fp32 norm inputs": e2pass.Config(smd=None, slu=None, bits=e2pass.Bits(norm_saved=None)),
-        "psg, counting": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True)),
-        "psg, counting, bound": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, bound=True)),
+        "psg, counting": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG()),
+        "psg, counting, bound": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(bound=True)),
     }
     if compiled:
         configs["psg, compiled"] = e2pass.Config(smd=None, slu=None, compile=True)

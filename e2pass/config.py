@@ -136,7 +136,7 @@ class PSG(_Section):
     warmup: int = Field(0, ge=0)
     exclude: tuple[str, ...] = ()
     also: tuple[Literal["embeddings", "norms", "biases"], ...] = ()
-    stats: bool = False
+    stats: bool = True
     bound: bool = False
 
     @model_validator(mode="after")
@@ -194,10 +194,3 @@ def resolve(config: Config | str) -> Config:
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
     raise ConfigError(f"unknown config {config!r}; give an e2pass.Config or one of the presets {', '.join(PRESETS)}")
-
-
-def counting(config: Config) -> Config:
-    """The same, with ``PSG(stats=True)`` where PSG is on."""
-    if config.psg is None:
-        return config
-    return config.model_copy(update={"psg": config.psg.model_copy(update={"stats": True})})

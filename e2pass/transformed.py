@@ -129,7 +129,7 @@ class Transformed:
         counts = self.model.e2_counts.counts
         if self._program.config.psg is not None:
             if not self._program.config.psg.stats:
-                raise InputError("predictor use is not counted: use PSG(stats=True), or rates='assumed'")
+                raise InputError("predictor use is not counted with PSG(stats=False); use PSG(), or rates='assumed'")
             if not counts:
                 raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
             use = {name: float(c[0] / c[2]) for name, c in counts.items()}
@@ -142,7 +142,7 @@ class Transformed:
         self.model.e2_counts.counts.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and, with ``PSG(stats=True)``, ``psg``.
+        """Measured so far: ``smd`` (batches), ``slu`` (skip ratios) and ``psg`` (predictor use and sign agreement).
 
         ``psg`` holds for each weight ``use`` (share of elements whose sign was predicted), ``agreement`` (share of
         these with the sign of the full gradient), ``bound`` (with ``PSG(bound=True)`` the paper's bound on the share

@@ -39,8 +39,7 @@ def main() -> None:
         image[:, 4 * (label // 2) :, 4 * (label % 2) :][:, :4, :4] += 1.0
     loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
 
-    config = e2pass.Config(psg=e2pass.PSG(stats=True))  # the default, and counting what PSG does
-    t = e2pass.transform(model, x[:32], loader, config=config)
+    t = e2pass.transform(model, x[:32], loader)
 
     opt = torch.optim.SGD(t.param_groups(0.05, 1e-4), momentum=0.9)
     for epoch in range(8):

@@ -13,7 +13,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from e2pass.api import transform
-from e2pass.config import counting, resolve
 from e2pass.demo.data import Images
 from e2pass.errors import InputError
 from e2pass.models import resnet
@@ -126,7 +125,7 @@ def train_transformed(images: Images, recipe: Recipe, seed: int, tick: Tick) -> 
     model, loader = _setting(images, recipe, seed)
     start = time.perf_counter()
     example = images.train.tensors[0][: recipe.batch_size]
-    t = transform(model, example, loader, config=counting(resolve(recipe.config)), board=recipe.board)
+    t = transform(model, example, loader, config=recipe.config, board=recipe.board)
     groups = t.param_groups(recipe.lr, recipe.weight_decay)
     for group in groups:
         if group["name"] == "gates":

@@ -191,7 +191,7 @@ class E2Module(nn.Module):
 
 
 class SelectionCounts(nn.Module):
-    """What ``PSG(stats=True)`` measured of each weight, summed over steps.
+    """What PSG's statistics measured of each weight, summed over steps.
 
     Attributes:
         counts: For each weight a float64 vector: elements predicted, predicted with the right sign, all, and the sum
