@@ -53,13 +53,13 @@ def variants(depth: int, batch: int, compiled: bool) -> dict[str, Step]:
         "eager": step_of(model, x, y),
         "eager, channels last": step_of(last, x.contiguous(memory_format=torch.channels_last), y),
     }
-    silent = e2pass.PSG(stats=False)
+    silent = e2pass.PSG()
     configs = {
         "8 bits": e2pass.Config(smd=None, slu=None, psg=None),
         "psg": e2pass.Config(smd=None, slu=None, psg=silent),
         "psg, fp32 norm inputs": e2pass.Config(smd=None, slu=None, psg=silent, bits=e2pass.Bits(norm_saved=None)),
-        "psg, counting": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG()),
-        "psg, counting, bound": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(bound=True)),
+        "psg, counting": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True)),
+        "psg, counting, bound": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, bound=True)),
     }
     if compiled:
         configs["psg, compiled"] = e2pass.Config(smd=None, slu=None, psg=silent, compile=True)

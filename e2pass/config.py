@@ -121,7 +121,7 @@ class PSG(_Section):
         exclude: Patterns of parameter names (as in a shell) that keep their full gradient.
         also: What is updated by the sign of its full gradient besides the weights of products: any of
             ``embeddings``, ``norms`` and ``biases``.
-        stats: Count predictor use and sign agreement, weight by weight.
+        stats: Count predictor use and sign agreement, weight by weight. ``Config()`` and the presets turn it on.
         bound: Sum up the paper's bound on wrong signs, too; needs ``stats``, and costs more than the counts.
     """
 
@@ -136,7 +136,7 @@ class PSG(_Section):
     warmup: int = Field(0, ge=0)
     exclude: tuple[str, ...] = ()
     also: tuple[Literal["embeddings", "norms", "biases"], ...] = ()
-    stats: bool = True
+    stats: bool = False
     bound: bool = False
 
     @model_validator(mode="after")
@@ -149,13 +149,14 @@ class PSG(_Section):
 class Config(_Section):
     """What ``transform`` applies; None turns a technique off.
 
-    ``Config()`` is the preset ``e2train``. PSG needs quantized operands, so ``psg`` without ``bits`` is an error.
-    ``compile=True`` runs what is lowered through torch's inductor, which needs a C++ compiler.
+    ``Config()`` is the preset ``e2train``; it counts what PSG predicts, since ``t.report(rates="measured")`` rests on
+    it. PSG needs quantized operands, so ``psg`` without ``bits`` is an error. ``compile=True`` runs what is lowered
+    through torch's inductor, which needs a C++ compiler.
     """
 
     smd: SMD | None = SMD()
     slu: SLU | None = SLU()
-    psg: PSG | None = PSG()
+    psg: PSG | None = PSG(stats=True)
     bits: Bits | None = Bits()
     compile: bool = False
 
@@ -173,11 +174,11 @@ class Config(_Section):
 
 PRESETS: dict[str, Config] = {
     "e2train": Config(),
-    "paper": Config(psg=PSG(scale="unit")),
+    "paper": Config(psg=PSG(scale="unit", stats=True)),
     "smd": Config(slu=None, psg=None, bits=None),
     "slu": Config(smd=None, psg=None, bits=None),
     "psg": Config(smd=None, slu=None),
-    "signsgd": Config(smd=None, slu=None, psg=PSG(x_bits=8, gy_bits=16, beta=0.0, scale="unit")),
+    "signsgd": Config(smd=None, slu=None, psg=PSG(x_bits=8, gy_bits=16, beta=0.0, scale="unit", stats=True)),
     "8bit": Config(smd=None, slu=None, psg=None),
     "neutral": Config(smd=None, slu=SLU(gate="open"), psg=None, bits=None),
 }

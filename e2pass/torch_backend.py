@@ -37,7 +37,7 @@ def psg_backend(psg: PSG | None = None, bits: Bits | None = None, *, compile: bo
     """
     psg, bits = psg or PSG(), bits or Bits()
     for option, value in {
-        "PSG.exclude": psg.exclude, "PSG.warmup": psg.warmup, "PSG.bound": psg.bound, "Bits.exclude": bits.exclude,
+        "PSG.exclude": psg.exclude, "PSG.warmup": psg.warmup, "PSG.stats": psg.stats, "Bits.exclude": bits.exclude,
         "Bits.rounding": bits.rounding == "stochastic",
     }.items():  # fmt: skip
         if value:

@@ -129,7 +129,7 @@ class Transformed:
         counts = self.model.e2_counts.counts
         if self._program.config.psg is not None:
             if not self._program.config.psg.stats:
-                raise InputError("predictor use is not counted with PSG(stats=False); use PSG(), or rates='assumed'")
+                raise InputError("predictor use is not counted; give PSG(stats=True), or rates='assumed'")
             if not counts:
                 raise InputError("nothing was measured yet: train at least one step, or use rates='assumed'")
             use = {name: float(c[0] / c[2]) for name, c in counts.items()}

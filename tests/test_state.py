@@ -20,7 +20,7 @@ import e2pass
 from e2pass.transformed import Transformed
 from tests.zoo import ZOO, conv_residual, image_net
 
-FULL = e2pass.Config(smd=e2pass.SMD(p=0.3), slu=e2pass.SLU(skip=0.4), psg=e2pass.PSG(), bits=e2pass.Bits())
+FULL = e2pass.Config(smd=e2pass.SMD(p=0.3), slu=e2pass.SLU(skip=0.4), psg=e2pass.PSG(stats=True), bits=e2pass.Bits())
 SLU_ONLY = e2pass.Config(smd=None, slu=e2pass.SLU(skip=0.4), psg=None, bits=None)
 
 

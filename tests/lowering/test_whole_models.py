@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +27,20 @@ def images(build: Callable[[], nn.Module], size: int = 16) -> Make:
     return lambda: (build().train(), torch.randn(2, 3, size, size))
 
 
+def resnext() -> nn.Module:
+    """The model's own file: the package's list of models needs torchvision."""
+    pytest.importorskip("pytorchcv")
+    model: nn.Module = importlib.import_module("pytorchcv.models.resnext_cifar").resnext20_16x4d_cifar10()
+    return model
+
+
 EMBEDDED = "embedding"
 ADDED = "not from a convolution or matrix product"  # a parameter that is added to an activation
 MODELS: dict[str, tuple[Make, dict[str, str]]] = {
     "resnet-20": (images(lambda: resnet(20)), {}),
+    "resnet-74": (images(lambda: resnet(74)), {}),
     "mobilenet-v2": (images(mobilenet_v2, 32), {}),
-    "resnext and inverted residual": (ZOO["grouped"].make, {}),
+    "resnext": (images(resnext, 32), {}),
     "convnext": (ZOO["convnext"].make, {}),
     "vit": (
         ZOO["vit"].make,

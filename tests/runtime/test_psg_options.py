@@ -149,19 +149,19 @@ def test_most_significant_bits_of_every_code(bits: int, keep: int, mode: str) ->
     assert scale.item() == 0.5 * unit
 
 
-def test_statistics_can_be_turned_off_and_start_anew() -> None:
-    t = transformed(only(PSG(stats=False)))
+def test_statistics_are_off_by_default_and_start_anew() -> None:
+    t = transformed(only(PSG()))
     backward(t)
     assert "psg" not in t.stats()
-    with pytest.raises(e2pass.E2PassError, match=r"PSG\(stats=False\)"):
+    with pytest.raises(e2pass.E2PassError, match=r"PSG\(stats=True\)"):
         t.report(rates="measured")
-    counted = transformed(only(PSG()))
+    counted = transformed(only(PSG(stats=True)))
     backward(counted)
     first = counted.stats()["psg"]["head.weight"]
     assert first["elements"] == 60
     assert first["bound"] is None
     with pytest.raises(e2pass.E2PassError, match="needs stats=True"):
-        PSG(bound=True, stats=False)
+        PSG(bound=True)
     backward(counted)
     assert counted.stats()["psg"]["head.weight"]["elements"] == 120
     counted.reset_stats()
