@@ -5,8 +5,8 @@
     python benchmarks/zigzag_crosscheck.py --only ResNet-20 --effort 3
 
 ZigZag (MIT, KU Leuven) searches loop orders and tile sizes. Both tools get the same loop nests (forward, dX and dW) and
-memories and the same spread over the array, and are asked for least energy. Compared are MACs, off-chip bytes, and
-the energy of all memories above the registers. ZigZag cannot express the input gradient of a strided convolution, whose
+memories (double buffered on the chip) and the same spread over the array, and are asked for least energy. Compared are
+MACs, off-chip bytes, and the energy of all memories above the registers. ZigZag cannot express the input gradient of a strided convolution, whose
 output would be the sliding operand: both get it as the dense convolutions of its sub-grids (one for each offset within
 the stride), which take the same MACs in all.
 """
@@ -27,10 +27,13 @@ from importlib.metadata import version
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
-from e2pass.backends.fpga import FpgaCostModel
+from e2pass.backends.fpga import FpgaCostModel, mapper
 from e2pass.backends.fpga.board import Board
 from e2pass.backends.fpga.mapper import ArrayShape, _spread, map_nest
 from e2pass.backends.fpga.nest import Name, Nest, Window, _moved
@@ -113,30 +116,40 @@ class Result:
         return Result(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-def ours(model: FpgaCostModel, nest: Nest, *, whole_batch: bool = False) -> tuple[Result, Nest]:
-    """Map a nest for least energy of the memories; the tile beside it.
+def divisors(size: int) -> npt.NDArray[np.int64]:
+    """Tile sizes that leave no remainder, ascending."""
+    return np.array([tile for tile in range(1, size + 1) if size % tile == 0], dtype=np.int64)
 
-    ZigZag has the whole batch in every tile, because it is what the columns of the array are spread over; ours may
-    cut it, since positions fill the columns as well. With ``whole_batch`` it may not: the samples are then one element
-    of so many times the width, on an array of one column.
+
+def ours_alike(model: FpgaCostModel, nest: Nest) -> tuple[Result, Nest]:
+    """Ours with the freedom that ZigZag has: loops are cut into whole factors, and the batch is in every tile.
+
+    ZigZag spreads the columns of the array over the batch; ours may cut it, since positions fill the columns as well.
+    Here it may not: the samples are one element of so many times the width, on an array of one column.
     """
     array, samples = model._shape, nest.b
-    if whole_batch and nest.writes == "y":
+    if nest.writes == "y":
         nest = replace(nest, b=1, x_bits=samples * nest.x_bits, y_bits=samples * nest.y_bits)
         array = ArrayShape(array.rows, 1, samples * array.accumulator_bits)
+    with patch.object(mapper, "_splits", divisors):
+        found, tile = ours(model, nest, array)
+    return replace(found, macs=found.macs * samples / nest.b), tile
+
+
+def ours(model: FpgaCostModel, nest: Nest, array: ArrayShape | None = None) -> tuple[Result, Nest]:
+    """Map a nest for least energy of the memories; the tile beside it."""
     goal = model._goal._replace(fixed_pj_per_cycle=0.0)
     taken = []
     for _ in range(3):
         for cache in (map_nest, _spread, _moved):
             cache.cache_clear()
         started = time.perf_counter()
-        mapped = map_nest(nest, model._levels, array, 1.0, goal)
+        mapped = map_nest(nest, model._levels, array or model._shape, 1.0, goal)
         taken.append(time.perf_counter() - started)
     assert mapped is not None
     moved = {level: sum(parts.values()) for level, parts in mapped.traffic_bytes.items()}
     memory_pj = sum(moved[level.name] * level.pj_per_byte for level in model._levels)
-    result = Result(nest.macs * samples / nest.b, moved[model.dram], memory_pj, statistics.median(taken))
-    return result, mapped.tilings[-1].tile
+    return Result(nest.macs, moved[model.dram], memory_pj, statistics.median(taken)), mapped.tilings[-1].tile
 
 
 # -- ZigZag --------------------------------------------------------------------------------------------------------
@@ -163,7 +176,7 @@ def accelerator(board: Board, mac_pj: float) -> dict[str, Any]:
         cost = bits * level.energy_pj_per_bit.value
         memories[level.name] = {
             "size": int(level.size_bytes.value * 8), "r_cost": cost, "w_cost": cost, "area": 0.0, "latency": 1,
-            "operands": ["I1", "I2", "O"],
+            "operands": ["I1", "I2", "O"], "force_double_buffering": level is not board.off_chip,
             "ports": [{
                 "name": "rw_port_1", "type": "read_write", "bandwidth_min": 8, "bandwidth_max": bits,
                 "allocation": [f"{o}, {d}" for o, ds in (("I1", "fh tl"), ("I2", "fh tl"), ("O", "fh tl fl th"))
@@ -218,9 +231,9 @@ def _fill(loops: list[str], sizes: dict[str, int], axis: int) -> list[tuple[str,
 
 
 def orderings(nest: Nest, tile: Nest, board: Board) -> Iterator[list[list[Any]]]:
-    """Loop orders of our tiling in divisors, from the inside out: sums, the rest of the tile, what steps over it.
+    """Loop orders of our tiling, from the inside out: sums, the rest of the tile, what steps over it.
 
-    Outside of the tile stand the loops that are irrelevant for one tensor, then those for another, then the rest.
+    K and C are rounded both ways where a tile is no multiple of what the array works on. Outside of the tile stand the loops that are irrelevant for one tensor, then those for another, then the rest.
     """
     sizes = {"B": nest.b, "K": nest.k, "C": nest.c, "OY": nest.windows[0].out, "OX": nest.windows[1].out}
     sizes |= {"FY": nest.windows[0].kernel, "FX": nest.windows[1].kernel}
@@ -235,8 +248,8 @@ def orderings(nest: Nest, tile: Nest, board: Board) -> Iterator[list[list[Any]]]
     tiled = [*sums, *(n for n in ("FX", "FY", "OX", "OY", "B", "C", "K") if n not in sums)]
     down = {n: max([f for f in range(1, wanted[n] + 1) if sizes[n] % f == 0]) for n in sizes}
     up = {n: min([f for f in range(wanted[n], sizes[n] + 1) if sizes[n] % f == 0], default=sizes[n]) for n in sizes}
-    for k, c in product((down, up), (down, up)):
-        inside = {**down, "K": k["K"], "C": c["C"]}
+    for k, c in product({down["K"], up["K"]}, {down["C"], up["C"]}):
+        inside = {**down, "K": k, "C": c}
         for sequence in permutations(irrelevant):
             outside = [loop for name in sequence for loop in irrelevant[name]]
             order: list[list[Any]] = [[n, inside[n]] for n in tiled]
@@ -297,8 +310,8 @@ def zigzag(board: Board, nest: Nest, effort: int, ordering: list[list[Any]] | No
 class Row:
     """One phase of one convolution.
 
-    ``alike`` is ours with the batch uncut, as ZigZag has it, and ``best`` ZigZag's price of the better of what its
-    search and what our mapper found.
+    ``alike`` is ours with ZigZag's freedom, and ``best`` ZigZag's price of the better of what its search and what that
+    mapping of ours found.
     """
 
     network: str
@@ -332,8 +345,8 @@ def compare(model: FpgaCostModel, network: str, conv: Conv, times: int, writes: 
     mine, alike, tiled, fits = Result(), Result(), Result(), True
     for nest in nests(conv, writes):
         found, _ = ours(model, nest)
-        whole, tile = ours(model, nest, whole_batch=True)
-        mine, alike = mine.plus(found), alike.plus(whole)
+        same, tile = ours_alike(model, nest)
+        mine, alike = mine.plus(found), alike.plus(same)
         priced = [zigzag(model.board, nest, 1, order) for order in orderings(nest, tile, model.board)]
         tiled = tiled.plus(min(priced, key=lambda result: result.memory_pj))
         fits = fits and math.isclose(found.off_chip_bytes, nest.compulsory_bytes)

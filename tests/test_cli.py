@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import e2pass
+from e2pass.backends.fpga import FpgaCostModel
 from e2pass.cli import app
 from e2pass.cli.target import build_model, parse_inputs
 from e2pass.errors import InputError
@@ -60,6 +61,15 @@ def test_analyze_prints_what_the_library_says(folder: Path) -> None:
     assert found.baseline.totals == expected.baseline.totals
 
     assert not list(folder.iterdir())
+
+
+def test_the_objective_is_that_of_the_cost_model() -> None:
+    conv = ("torch.nn:Conv2d", '{"in_channels": 8, "out_channels": 8, "kernel_size": 3}')
+    found = CostReport.from_json(run("analyze", *conv, "-i", "4x8x8x8", "--objective", "latency", "-f", "json").stdout)
+    model = FpgaCostModel("zedboard", objective="latency")
+    expected = e2pass.analyze(torch.nn.Conv2d(8, 8, 3), torch.randn(4, 8, 8, 8), board=model)
+    assert found.baseline.totals == expected.baseline.totals
+    assert "for least time" in found.assumptions["mapping"]
 
 
 def test_formats() -> None:
@@ -172,6 +182,7 @@ BAD = {
     "board": (["analyze", *RESNET, *SMALL, "--board", "none"], "no board 'none': give one of asic45, zcu102, zedboard"),
     "output folder": (["analyze", *RESNET, *SMALL, "-o", "none/cost.json"], "there is no folder"),
     "output is a folder": (["analyze", *RESNET, *SMALL, "-o", "."], "it is a folder"),
+    "objective": (["analyze", *RESNET, *SMALL, "--objective", "speed"], "choose one of energy, latency"),
     "dW": (["analyze", *RESNET, *SMALL, "--dw-skips", "tile"], "choose 'element' or 'tensor'"),
     "limit": (["analyze", *RESNET, *SMALL, "--max-energy-ratio", "1"], "say what to transform with, --config"),
     "no report": (["compare", "none.json", "none.json"], "no cost report can be read from none.json"),

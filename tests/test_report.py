@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -244,8 +246,9 @@ def test_markdown_tables_are_rectangular() -> None:
 
 
 def test_latex_is_escaped_and_balanced() -> None:
-    text = made_up(hostile=HOSTILE).to_latex()
-    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    text = made_up(hostile=f"[1]\n{HOSTILE}").to_latex()
+    lines = [line for line in text.splitlines() if not line.startswith("%")]
+    body = "\n".join("{" if line.lstrip().startswith(r"\resizebox") else line for line in lines)
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\midrule") > 6
     bare = re.sub(r"\\[&%$#_{}]|\\text\w+\{\}", "", body)
     assert bare.count("{") == bare.count("}")
@@ -253,6 +256,19 @@ def test_latex_is_escaped_and_balanced() -> None:
     for table in re.findall(r"\\toprule(.*?)\\bottomrule", bare, re.S):
         rows = [line for line in table.splitlines() if line.endswith(r"\\")]
         assert len({row.count("&") for row in rows}) == 1
+        assert not any(row.lstrip().startswith("[") for row in rows)  # it would be an option of the line break above
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles_and_fits_the_page(tmp_path: Path) -> None:
+    whole = made_up(hostile=f"[1]\n{HOSTILE}").with_run(steps=10)
+    preamble = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"
+    (tmp_path / "report.tex").write_text(f"{preamble}{whole.to_latex()}\\end{{document}}\n", encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "report.pdf").stat().st_size > 0
+    assert "Overfull" not in done.stdout
 
 
 def test_names_from_the_model_are_text_in_tables() -> None:

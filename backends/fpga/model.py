@@ -28,7 +28,7 @@ ASSUMPTIONS: Mapping[str, str] = {
     "overlap": "within an operation array, vector unit and memories work at the same time: the slowest decides",
     "utilisation": "the array reaches its stated rate where both output dimensions of a product fill its rows and "
     "columns, and loses what their last row and column leave empty; the memories reach their stated rates",
-    "mapping": "each product is tiled for least energy (or time) under double buffering; a dX computes only where the "
+    "mapping": "each product is tiled under double buffering for least {objective}; a dX computes only where the "
     "forward convolution did, so that strides waste nothing",
     "widths": "operands of 32 bits are fp32, narrower ones integer codes; a pair that the board does not list costs "
     "what the next wider one does",
@@ -81,7 +81,8 @@ class FpgaCostModel:
     @property
     def assumptions(self) -> Mapping[str, str]:
         """What the model takes for granted, by topic; for the reports."""
-        return ASSUMPTIONS
+        least = {"energy": "energy", "latency": "time"}[self.objective]
+        return {**ASSUMPTIONS, "mapping": ASSUMPTIONS["mapping"].format(objective=least)}
 
     @property
     def ceilings(self) -> Ceilings:

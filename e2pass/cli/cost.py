@@ -26,6 +26,7 @@ def analyze(
     shapes: Input,
     kwargs: Keywords = None,
     board: BoardName = "zedboard",
+    objective: Annotated[str, typer.Option(help="What each product is tiled for: energy | latency")] = "energy",
     config: Annotated[str | None, typer.Option(help="Preset to price beside the plain step, e.g. e2train")] = None,
     fmt: Annotated[str, typer.Option("--format", "-f", help=" | ".join(FORMATS))] = "table",
     out: Output = None,
@@ -49,6 +50,7 @@ def analyze(
     """
     with one_line_errors():
         from e2pass.api import analyze as analyze_model
+        from e2pass.backends.fpga.model import FpgaCostModel
         from e2pass.cli.output import write_report
         from e2pass.cli.target import build_model, parse_inputs
         from e2pass.errors import InputError
@@ -59,9 +61,10 @@ def analyze(
         if max_energy_ratio is not None and config is None:
             raise InputError("--max-energy-ratio compares with the plain step: say what to transform with, --config")
         hardware = PredictorHardware(reuse_predictor, dw_skips)  # type: ignore[arg-type]
+        cost_model = FpgaCostModel(board, objective=objective)  # type: ignore[arg-type]
         inputs = parse_inputs(shapes)
         built = build_model(model, keyword_arguments(arguments, kwargs))
-        report = analyze_model(built, inputs, board=board, config=config, hardware=hardware)
+        report = analyze_model(built, inputs, board=cost_model, config=config, hardware=hardware)
         if (steps, epochs, dataset_size) != (None, None, None):
             report = report.with_run(steps, epochs=epochs, dataset_size=dataset_size)
         write_report(report, fmt, out)

@@ -179,6 +179,9 @@ def trace_joint(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) 
     return joint
 
 
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
     # torch.backends.mkldnn.flags would also touch (and warn about) settings of other devices.
@@ -190,9 +193,15 @@ def _without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def _has_recurrent_layer(module: nn.Module) -> bool:
-    """OneDNN's fused recurrent layer keeps a workspace only under autograd and cannot be cut into two halves."""
-    return any(isinstance(m, nn.RNNBase) for m in module.modules())
+def _has_recurrent_layer(module: fx.GraphModule) -> bool:
+    """OneDNN's fused recurrent layer keeps a workspace only under autograd and cannot be cut into two halves.
+
+    It stands for a layer as a module, or for its function where the model was captured by torch.export.
+    """
+    functions = (node.target for node in module.graph.nodes if node.op == "call_function")
+    return any(isinstance(m, nn.RNNBase) for m in module.modules()) or any(
+        getattr(target, "__name__", "").partition(".")[0] in _RECURRENT for target in functions
+    )
 
 
 def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, clone_outputs: bool) -> Joint | None:

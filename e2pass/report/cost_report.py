@@ -154,7 +154,7 @@ class CostReport:
         return save(to_markdown(self), path)
 
     def to_latex(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the summary as LaTeX tables (for ``booktabs``), and write it to ``path`` if given."""
+        """Return the summary as LaTeX tables (for ``booktabs`` and ``graphicx``), and write it to ``path`` if given."""
         from e2pass.report.latex import to_latex
 
         return save(to_latex(self), path)

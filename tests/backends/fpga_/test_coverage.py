@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import e2pass.models
+import e2pass
 from e2pass.backends.fpga import FpgaCostModel
+from e2pass.cost import Phase
 from e2pass.report import price_step
 from tests.backends.fpga_.sites import joint_sites
 from tests.zoo import ZOO
@@ -81,3 +82,29 @@ def test_every_operation_of_assorted_layers_is_priced(training: bool) -> None:
     model = Assorted().train(training)
     step = price_step(joint_sites(model, (torch.randn(2, 8, 16, 16), torch.randint(10, (2, 12)))), MODEL)
     assert step.unpriced == ()
+
+
+class Weighted(nn.Module):
+    """A tensor made in ``forward`` becomes a constant of the captured graph that no module owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x) * torch.tensor([1.0, 2.0, 3.0])
+        return y
+
+
+def test_a_region_with_a_lifted_constant_is_priced_and_runs() -> None:
+    model, x = Weighted(), torch.randn(8, 4)
+    t = e2pass.transform(model, x, config="8bit")
+    report = t.report()
+    assert report.coverage.complete
+    assert report.baseline.macs == 2 * 8 * 4 * 3  # forward and dW
+    scaled = [row for row in report.baseline.rows if row.op == "aten.mul.Tensor"]
+    assert [row.phase for row in scaled] == [Phase.FORWARD, Phase.BACKWARD]
+    y = t.model(x)
+    y.sum().backward()
+    assert torch.allclose(y, model(x), atol=0.1)
+    assert torch.allclose(t.model.get_parameter("fc.bias").grad, torch.tensor([8.0, 16.0, 24.0]), rtol=0.01)

@@ -46,6 +46,29 @@ def test_each_kind_of_product_has_the_macs_that_torch_dispatches(name: str) -> N
     assert sum(row.torch.values()) > 0
 
 
+class WantsItsInputsGradient(nn.Module):
+    """As Wav2Vec2 does in training, for the sake of gradient checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 4, 3, bias=False), nn.Conv1d(4, 2, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[:, None]
+        if self.training:
+            x.requires_grad = True
+        y: torch.Tensor = self.second(self.first(x).relu()).mean(2)
+        return y
+
+
+def test_a_gradient_that_nobody_reads_is_the_one_exception() -> None:
+    """``docs/macs.md``, Wav2Vec2: torch computes the dX of the first convolution; the step has no use for it."""
+    row = measure("wants its input's gradient", WantsItsInputsGradient, torch.randn(2, 12))
+    assert not row.error
+    unread = 2 * 10 * (1 * 4 * 3)
+    assert row.torch == {**row.analyzed, "dX convolution": row.analyzed["dX convolution"] + unread}
+
+
 def rows(model: nn.Module, inputs: Any) -> list[CostRow]:
     step = e2pass.analyze(model, inputs).baseline
     assert step.unpriced == ()
@@ -119,14 +142,15 @@ class Recurrent(nn.Module):
         return y
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
-def test_recurrent_layers_follow_their_closed_form(kind: type[nn.LSTM] | type[nn.GRU], gates: int) -> None:
+def test_recurrent_layers_follow_their_closed_form(kind: type[nn.LSTM] | type[nn.GRU], gates: int, bare: bool) -> None:
     """``steps * batch * gates * hidden * (inputs + hidden)`` forward; torch counts nothing for an LSTM on the CPU.
 
     Backward: as much again for the weights' gradients, and the hidden state's but not the input's for dX; the first
-    step has no hidden state whose gradient is wanted.
+    step has no hidden state whose gradient is wanted. A ``bare`` layer is captured by torch.export, as a function.
     """
-    model, sequence = Recurrent(kind), torch.randn(2, 3, 5)
+    model, sequence = kind(5, 7, batch_first=True) if bare else Recurrent(kind), torch.randn(2, 3, 5)
     with FlopCounterMode(display=False) as counter:
         model(sequence)
     assert kind is nn.GRU or counter.get_total_flops() == 0
