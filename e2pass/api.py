@@ -36,8 +36,7 @@ from e2pass.runtime.module import E2Module, Executable
 from e2pass.runtime.runner import LoweringCache
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.steps import StepCounter
-from e2pass.step.graph import STANDARD
-from e2pass.step.rates import PredictorHardware
+from e2pass.step.rates import STANDARD, PredictorHardware
 from e2pass.step.training_step import TrainingStep
 from e2pass.transformed import Transformed
 

@@ -20,8 +20,8 @@ from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.module import E2Module
 from e2pass.step.build import build_graph
-from e2pass.step.graph import STANDARD, TrainingGraph, Writers
-from e2pass.step.rates import PredictorHardware, Rates
+from e2pass.step.graph import TrainingGraph, Writers
+from e2pass.step.rates import STANDARD, PredictorHardware, Rates
 from e2pass.step.training_step import TrainingStep, assumed_rates
 from e2pass.verification import VerifyReport, verify
 

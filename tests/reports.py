@@ -8,7 +8,7 @@ from e2pass.backends.fpga import FpgaCostModel
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
 from e2pass.report import CostReport
 from e2pass.step.cost import UnitPrices
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 from e2pass.step.pricing import PricedNodes
 from e2pass.step.rates import PredictorHardware, Rates
 

@@ -15,7 +15,7 @@ from e2pass.cost import Free, OpCost, OpSite, Phase, TensorSpec, Unsupported
 from e2pass.errors import ConfigError
 from e2pass.report import CostReport
 from e2pass.step.cost import UnitPrices
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 from e2pass.step.pricing import PricedNodes
 from e2pass.step.rates import PredictorHardware, Rates, remaining
 from e2pass.transformed import Transformed

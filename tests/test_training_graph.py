@@ -14,7 +14,8 @@ import e2pass
 from e2pass import SLU, Config
 from e2pass.cost import Phase
 from e2pass.errors import InputError
-from e2pass.step.graph import EdgeKind, TrainingGraph
+from e2pass.step.edges import EdgeKind
+from e2pass.step.graph import TrainingGraph
 from e2pass.transformed import Transformed
 from tests.zoo import Residual, vector_net, vector_residual
 

@@ -11,7 +11,9 @@ from e2pass.backends.graph.text import section_of
 from e2pass.cost import Technique
 from e2pass.dump import short_op
 from e2pass.errors import InputError
-from e2pass.step.graph import Edge, EdgeKind, GraphNode, TrainingGraph
+from e2pass.step.edges import Edge, EdgeKind
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 _FILL = {Technique.SMD: "#fbe3c0", Technique.SLU: "#ffe0b8", Technique.BITS: "#d8e8fb", Technique.PSG: "#d9f0dc"}
 _STROKE = {

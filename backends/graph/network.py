@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from e2pass.cost import Phase, Technique, TensorSpec
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 _STORED = {"f32": 32, "f64": 64, "f16": 16, "bf16": 16, "i64": 64, "i32": 32, "i16": 16, "i8": 8, "u8": 8, "b8": 8}
 

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from e2pass.backends.onnx_export.files import target_path, write_model
 from e2pass.cost import TensorSpec
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 _TYPES = {64: ir.DataType.DOUBLE, 32: ir.DataType.FLOAT, 16: ir.DataType.INT16, 8: ir.DataType.INT8}
 

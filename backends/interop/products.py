@@ -12,7 +12,8 @@ from e2pass.backends.fpga.nest import Nest, product
 from e2pass.backends.fpga.registry import lookup
 from e2pass.cost import Free, TensorSpec
 from e2pass.errors import ExportError
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 
 @dataclass(frozen=True)

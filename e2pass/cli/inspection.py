@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from e2pass.step.diff import GraphDiff
-    from e2pass.step.graph import GraphNode, TrainingGraph
+    from e2pass.step.graph import TrainingGraph
+    from e2pass.step.node import GraphNode
     from e2pass.transformed import Transformed
 
 Filter = Annotated[str | None, typer.Option(help="Show only this part of the graph")]

@@ -11,7 +11,7 @@ from e2pass.cost import OpSite, Phase, Technique, TensorSpec
 from e2pass.dump import dtype_name
 from e2pass.lowering.joint import Joint
 from e2pass.program import Program
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 
 DATA = "data"
 # No input of a model has these names: they are no identifiers.

@@ -10,8 +10,9 @@ from e2pass.program import Program
 from e2pass.report import CostReport
 from e2pass.step.batch import DATA, SMD_NODE
 from e2pass.step.cost import FreeOp, StepCost
-from e2pass.step.graph import GraphNode, StepInfo, TrainingGraph, Writers
+from e2pass.step.graph import StepInfo, TrainingGraph, Writers
 from e2pass.step.links import link
+from e2pass.step.node import GraphNode
 from e2pass.step.origin import describe
 from e2pass.step.rates import Rates
 from e2pass.step.training_step import BuiltStep, active, assumed_rates

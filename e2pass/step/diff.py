@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from e2pass.dump import short_op
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from e2pass.parameters import parameter_names
 from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.step.batch import DATA, TARGET_NODE, batch_nodes
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 
 Contribution = tuple[list[str], int | None]
 """Who makes a part of a gradient, and the gate that decides whether it is made."""

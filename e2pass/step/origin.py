@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from e2pass.dump import dtype_name
 from e2pass.program import Program
-from e2pass.step.graph import GraphNode
 from e2pass.step.links import value_of
+from e2pass.step.node import GraphNode
 
 
 def describe(program: Program, nodes: Iterable[GraphNode]) -> list[GraphNode]:

@@ -16,8 +16,8 @@ from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates
-from e2pass.step.graph import GraphNode
 from e2pass.step.links import gate_region, gradient_sum_name, merge_name, weight_sum_name
+from e2pass.step.node import GraphNode
 from e2pass.step.side_graphs import lower_gate
 from e2pass.step.sites import Place, joint_nodes
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from e2pass.cost import Free, OpCost, OpSite, Phase, Technique, Unsupported
 from e2pass.step.cost import CostRow, FreeOp, StepCost, Totals, UnitPrices, placed, unpriced_op
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 from e2pass.step.rates import PredictorHardware, Rates, remaining
 from e2pass.step.variant import Variant
 

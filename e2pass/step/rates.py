@@ -83,6 +83,9 @@ class PredictorHardware:
         return 0.0 if predicted >= 1.0 else 1.0
 
 
+STANDARD = PredictorHardware()
+
+
 def remaining(site: OpSite, known_bits: int) -> OpSite:
     """The product of ``site`` after ``known_bits`` of its bit products are known.
 

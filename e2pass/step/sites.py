@@ -15,7 +15,7 @@ from e2pass.dump import target_name
 from e2pass.lowering.joint import Joint
 from e2pass.lowering.partition import forward_half
 from e2pass.lowering.products import gradient_dependent, weight_gradients
-from e2pass.step.graph import GraphNode
+from e2pass.step.node import GraphNode
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}

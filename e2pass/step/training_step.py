@@ -16,11 +16,11 @@ from e2pass.program import Program
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
 from e2pass.step.cost import StepCost, UnitPrices, price_step
-from e2pass.step.graph import STANDARD, GraphNode
 from e2pass.step.links import LOSS
+from e2pass.step.node import GraphNode
 from e2pass.step.outside import Outside
 from e2pass.step.pricing import PricedNodes
-from e2pass.step.rates import TECHNIQUES, PredictorHardware, Rates
+from e2pass.step.rates import STANDARD, TECHNIQUES, PredictorHardware, Rates
 from e2pass.step.side_graphs import first_output, lower_loss
 from e2pass.step.sites import Place, joint_nodes
 from e2pass.step.variant import Variant

@@ -10,7 +10,8 @@ from e2pass.backends.graph.text import type_text
 from e2pass.cost import Phase
 from e2pass.dump import short_op
 from e2pass.step.cost import CostRow, UnpricedOp
-from e2pass.step.graph import GraphNode, TrainingGraph
+from e2pass.step.graph import TrainingGraph
+from e2pass.step.node import GraphNode
 
 PICKING = ("_operator.getitem", "aten.sym_size.int")
 """Operations that only pass on one of several results, or a size: the drawing leads edges through them."""

@@ -107,4 +107,6 @@ def test_a_region_with_a_lifted_constant_is_priced_and_runs() -> None:
     y = t.model(x)
     y.sum().backward()
     assert torch.allclose(y, model(x), atol=0.1)
-    assert torch.allclose(t.model.get_parameter("fc.bias").grad, torch.tensor([8.0, 16.0, 24.0]), rtol=0.01)
+    grad = t.model.get_parameter("fc.bias").grad
+    assert grad is not None
+    assert torch.allclose(grad, torch.tensor([8.0, 16.0, 24.0]), rtol=0.01)
