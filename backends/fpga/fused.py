@@ -6,7 +6,8 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
-from e2pass.backends.fpga.mapper import ArrayShape, Level, Mapped
+from e2pass.backends.fpga.mapper import ArrayShape, Mapped
+from e2pass.backends.fpga.tilings import Level
 from e2pass.backends.fpga.workload import Product
 
 

@@ -9,8 +9,9 @@ from typing import get_args
 
 from e2pass.backends.fpga.board import Board, MacCost, load_board
 from e2pass.backends.fpga.fused import map_fused
-from e2pass.backends.fpga.mapper import ArrayShape, Goal, Level, Mapped, Objective, map_nest
+from e2pass.backends.fpga.mapper import ArrayShape, Mapped, map_nest
 from e2pass.backends.fpga.registry import lookup
+from e2pass.backends.fpga.tilings import Goal, Level, Objective
 from e2pass.backends.fpga.workload import Product, Work
 from e2pass.cost import Free, OpCost, OpSite, Unsupported
 from e2pass.errors import ConfigError

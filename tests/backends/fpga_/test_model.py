@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2pass.backends.fpga import FpgaCostModel, parse_board
-from e2pass.backends.fpga.mapper import Objective
+from e2pass.backends.fpga.tilings import Objective
 from e2pass.cost import Free, OpSite
 from tests.backends.fpga_.bench import bench, description, q
 from tests.backends.fpga_.sites import T, conv, conv_backward, mm, priced, site
