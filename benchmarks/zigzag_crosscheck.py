@@ -418,8 +418,8 @@ def page(found: list[Row], effort: int, *, timed: bool) -> str:
         *Ours*: the mapper as it is, beside ZigZag's search. Its tiles may have any size, a last smaller one is priced
         as what it is, and it may cut the batch, since positions fill the columns as well.
 
-        The spread over the array is as equal as whole factors allow: in the dW of a 1x1 convolution ZigZag fills 8 of the 12
-        columns with input channels where ours fills 12 but for the last round, which shares operands better.
+        The spread over the array is as equal as whole factors allow: in the dW of a 1x1 convolution ZigZag fills 8 of
+        the 12 columns with input channels, where ours fills 12 in all rounds but the last and shares operands better.
 
         The dX of a strided convolution is compared as the dense convolutions of its sub-grids: ZigZag cannot let the
         output slide. Time is not compared.
