@@ -72,5 +72,8 @@ def test_bad_options_get_one_line_and_leave_nothing(model: str, tmp_path: Path) 
     done = export(model, "onnx-train", tmp_path / "m", "--checkpoint", str(tmp_path / "none.pt"))
     assert done.exit_code == 2
     assert "there is no checkpoint" in done.stderr
+    done = export(model, "zigzag", tmp_path / "m", "--lr", "0.1")
+    assert done.exit_code == 2
+    assert "--lr does nothing for --to zigzag; it is for onnx-train" in done.stderr
     assert export(model, "dot", tmp_path / "none" / "m").exit_code == 2
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("m") and p.suffix != ".py"] == []

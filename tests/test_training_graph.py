@@ -17,7 +17,7 @@ from e2pass.errors import InputError
 from e2pass.step.edges import EdgeKind
 from e2pass.step.graph import TrainingGraph
 from e2pass.transformed import Transformed
-from tests.zoo import Residual, vector_net, vector_residual
+from tests.zoo import ZOO, Residual, vector_net, vector_residual
 
 
 def small() -> Transformed:
@@ -65,6 +65,23 @@ def test_an_update_depends_on_the_whole_step(graph: TrainingGraph, name: str) ->
     assert {"data/smd-drop", "data/input_1", "data/loss-target", "merge/slu_merge_0", "merge/slu_merge_1"} <= above
     assert {graph[n].site.region for n in above} >= {"loss", "gate_0", "gate_1", "trunk_0", "trunk_1"}
     assert sum(n.startswith("update/") for n in above) == 0
+
+
+def test_gradients_pass_a_module_that_could_not_be_lowered() -> None:
+    """Its backward half is one operation without a price, which every gradient before it depends on."""
+    model, inputs = ZOO["untraceable"].make()
+    t = e2pass.transform(model, inputs, config="slu")
+    network = t.graph.to_networkx()
+    (backward,) = [node.name for node in t.graph.nodes if node.site.op == "opaque.backward"]
+    assert backward in {op.name for op in t.graph.price.unpriced}
+    after = nx.descendants(network, backward)
+    assert {"update/0.0.0.weight", "update/1.body.0.0.weight", "update/2.scale"} <= after
+    assert not {"update/3.body.0.0.weight", "update/4.2.weight"} & after
+    before = nx.ancestors(network, backward)
+    assert {"merge/slu_merge_1", "loss/nll_loss_forward"} <= before
+    assert all(network.pred[node.name] for node in t.graph.nodes if node.site.phase is Phase.UPDATE)
+    order = {name: i for i, name in enumerate(network)}
+    assert all(order[edge.source] < order[edge.target] for edge in t.graph.edges)
 
 
 def test_values_and_gradients_pass_the_blocks_in_opposite_order(graph: TrainingGraph) -> None:

@@ -51,11 +51,6 @@ def write_annotated(graph: TrainingGraph, path: str | Path) -> Path:
     return path
 
 
-def value_name(name: str, index: int = 0) -> str:
-    """Name of a result of an operation in the file."""
-    return f"{name}:{index}"
-
-
 def _node(graph: TrainingGraph, node: GraphNode, values: dict[str, list[ir.Value]]) -> ir.Node:
     domain, _, operator = node.site.op.partition(".")
     operands = [values[o][0] for o in node.operands if o in values]
@@ -63,7 +58,7 @@ def _node(graph: TrainingGraph, node: GraphNode, values: dict[str, list[ir.Value
         domain, re.sub(r"\W+", "_", operator or domain), operands, num_outputs=max(1, len(node.outputs)), name=node.name
     )
     for index, value in enumerate(made.outputs):
-        value.name = value_name(node.name, index)
+        value.name = f"{node.name}:{index}"
     for value, spec in zip(made.outputs, node.outputs, strict=False):
         value.type, value.shape = ir.TensorType(_type(spec)), ir.Shape(spec.shape)
     values[node.name] = list(made.outputs)

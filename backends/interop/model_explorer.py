@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from e2pass.backends.interop.annotated import value_name
 from e2pass.backends.interop.files import write_text
 from e2pass.errors import InputError
 from e2pass.step.graph import TrainingGraph
@@ -16,7 +15,9 @@ GRAPH = "training_step"
 
 
 def write_model_explorer(graph: TrainingGraph, path: str | Path, value: str = "energy_j") -> Path:
-    """Write the expected cost of each priced operation as node data, by the name of its result in the annotated file.
+    """Write the expected cost of each priced operation as node data, by its name in the annotated file.
+
+    That name is the node's id in Model Explorer, which opens the file by its adapter ``model-explorer-onnx``.
 
     Args:
         graph: The training step.
@@ -34,7 +35,7 @@ def write_model_explorer(graph: TrainingGraph, path: str | Path, value: str = "e
     }
     data = {
         GRAPH: {
-            "results": {value_name(name): {"value": amount} for name, amount in amounts.items()},
+            "results": {name: {"value": amount} for name, amount in amounts.items()},
             "gradient": [{"stop": 0, "bgColor": "#fff7ec"}, {"stop": 1, "bgColor": "#d7301f"}],
         }
     }

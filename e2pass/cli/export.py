@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx-inference", "onnx-train", "onnx-annotated", "zigzag", "scalesim", "model-explorer", "dot", "html")
 OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
+MEANT_FOR = {
+    "--checkpoint": ("onnx-inference", "onnx-train"),
+    "--masked": ("onnx-inference",),
+    "--target": ("onnx-train",),
+    "--optimizer": ("onnx-train",),
+    "--lr": ("onnx-train",),
+}
+"""Options that only some formats have."""
 
 
 def export(
@@ -37,8 +45,12 @@ def export(
     target: Annotated[
         str | None, typer.Option(metavar="DIMS[:DTYPE]", help="onnx-train: the labels; default one class a sample")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="onnx-train: " + " | ".join(OPTIMIZERS))] = "sgd_momentum",
-    lr: Annotated[float, typer.Option(help="onnx-train: learning rate, an input of the file")] = 0.1,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"onnx-train: {' | '.join(OPTIMIZERS)}; default sgd_momentum")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="onnx-train: learning rate, an input of the file; default 0.1")
+    ] = None,
 ) -> None:
     """Transform MODEL and write it, or its training step, for another tool."""
     with one_line_errors():
@@ -47,7 +59,9 @@ def export(
         from e2pass.config import resolve
 
         one_of("--to", to, FORMATS)
-        one_of("--optimizer", optimizer, OPTIMIZERS)
+        given = {"--checkpoint": checkpoint, "--masked": masked or None, "--target": target}
+        _refuse_foreign(to, given | {"--optimizer": optimizer, "--lr": lr})
+        one_of("--optimizer", optimizer or "sgd_momentum", OPTIMIZERS)
         check_output(out)
         inputs = parse_inputs(shapes)
         loader = [None, None] if resolve(config).smd is not None else None  # two batches, of which SMD may drop one
@@ -61,11 +75,23 @@ def export(
         elif to == "onnx-train":
             from e2pass.backends.onnx_export import export_training
 
-            labels = _labels(inputs, target)
-            export_training(t, inputs, labels, out, optimizer=_optimizer(t, optimizer, lr), checkpoint=checkpoint)
+            made = _optimizer(t, optimizer or "sgd_momentum", 0.1 if lr is None else lr)
+            export_training(t, inputs, _labels(inputs, target), out, optimizer=made, checkpoint=checkpoint)
         else:
             _write_graph(t, to, out)
         typer.echo(f"wrote {out}")
+        if to in MEANT_FOR["--checkpoint"] and checkpoint is None:
+            typer.echo(f"its weights are those that {model} starts with; --checkpoint FILE gives it trained ones")
+        if to == "model-explorer":
+            typer.echo("it colours the nodes of the file that --to onnx-annotated writes for the same model")
+
+
+def _refuse_foreign(to: str, given: dict[str, Any]) -> None:
+    from e2pass.errors import InputError
+
+    for option, value in given.items():
+        if value is not None and to not in MEANT_FOR[option]:
+            raise InputError(f"{option} does nothing for --to {to}; it is for {' and '.join(MEANT_FOR[option])}")
 
 
 def _labels(inputs: Any, target: str | None) -> torch.Tensor:

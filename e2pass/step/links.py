@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from e2pass.cost import Phase
 from e2pass.lowering.joint import Joint
-from e2pass.parameters import parameter_names
+from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.step.batch import DATA, TARGET_NODE, batch_nodes
@@ -39,6 +39,11 @@ def gradient_sum_name(value: str, index: int) -> str:
 def weight_sum_name(weight: str, what: str) -> str:
     """Name of an operation on the gradients that several regions have for one weight."""
     return f"weight_sum/{weight}_{what}"
+
+
+def opaque_backward_name(region: str) -> str:
+    """Name of the operation that stands for the backward half of a region without a joint graph."""
+    return f"{region}/backward"
 
 
 def gate_region(index: int) -> str:
@@ -238,6 +243,7 @@ class _Linker:
     def _leave(self, region: Region, gate: int | None) -> None:
         """Link the tangents of a region, and pass on the gradients that it produces."""
         if region.name not in self.joints:
+            self._leave_opaque(region, gate)
             return
         self._tangents(region.name, [self._gradient(name) for name in region.outputs])
         joint = self.joints[region.name]
@@ -251,6 +257,19 @@ class _Linker:
                 kinds = self.weights.setdefault(weight, {"full": [], "predicted": []})
                 which = kinds["predicted" if kind == "predicted" else "full"]
                 which.append((self._behind(region.name, value, region), gate))
+
+    def _leave_opaque(self, region: Region, gate: int | None) -> None:
+        """All gradients that leave a region without a joint graph come from the one node of its backward half."""
+        backward = opaque_backward_name(region.name)
+        if backward not in self.nodes:
+            return
+        self._read(backward, [node for i in range(len(region.outputs)) for node in self._output(region, i)])
+        self._read(backward, [node for name in region.outputs for node in self._gradient(name)])
+        for name, spec in zip(region.inputs, region.specs, strict=True):
+            if spec.requires_grad:
+                self._contribute(name, [backward], gate)
+        for weight in dict.fromkeys(self.owner[p] for p in region_parameters(region, self.program.model)):
+            self.weights.setdefault(weight, {"full": [], "predicted": []})["full"].append(([backward], gate))
 
     def _leave_gate(self, step: Decide) -> None:
         region = gate_region(step.index)

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from e2pass.cost import OpSite, Phase, Technique, TensorSpec
 from e2pass.lowering.joint import BATCH, Joint
 from e2pass.parameters import parameter_names, region_parameters
-from e2pass.plan import Decide, RunRegion, Skip
+from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates
-from e2pass.step.links import gate_region, gradient_sum_name, merge_name, weight_sum_name
+from e2pass.step.links import gate_region, gradient_sum_name, merge_name, opaque_backward_name, weight_sum_name
 from e2pass.step.node import GraphNode
 from e2pass.step.side_graphs import lower_gate
 from e2pass.step.sites import Place, joint_nodes
@@ -165,8 +165,8 @@ class Outside:
         return [replace(n, coasts=coasts) for n in nodes]
 
     def unlowered(self) -> list[GraphNode]:
-        """Regions without a joint graph: listed without a price, never as nothing."""
-        nodes = []
+        """Regions without a joint graph: listed without a price, never as nothing; backward is one operation."""
+        nodes: list[GraphNode] = []
         for name, region in self.regions.items():
             if name in self.program.lowered:
                 continue
@@ -181,7 +181,26 @@ class Outside:
                 )
                 site = OpSite(f"{name}/{node.name}", f"opaque.{node.target}", specs, specs, region=name)
                 nodes.append(GraphNode(site, "", region.block))
+            nodes += self._opaque_backward(region)
         return nodes
+
+    def _opaque_backward(self, region: Region) -> Iterator[GraphNode]:
+        canonical = parameter_names(self.program.model)
+        weights = [
+            n
+            for n in dict.fromkeys(canonical[p] for p in region_parameters(region, self.program.model))
+            if n in self.weights
+        ]
+        wanted = [n for n, spec in zip(region.inputs, region.specs, strict=True) if spec.requires_grad]
+        if not weights and not wanted:
+            return
+        made = [self._spec(n, self.batch) for n in wanted] + [TensorSpec(tuple(self.weights[n].shape)) for n in weights]
+        given = tuple(self._spec(n, self.batch) for n in region.outputs)
+        site = OpSite(
+            opaque_backward_name(region.name), "opaque.backward", given, tuple(made),
+            region=region.name, phase=Phase.BACKWARD,
+        )  # fmt: skip
+        yield GraphNode(site, "", region.block)
 
     def _learned_gates(self) -> SLUGates | None:
         slu: SLUGates | None = self.program.slu
