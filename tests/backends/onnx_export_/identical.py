@@ -222,7 +222,7 @@ class Exact(fx.Interpreter):
         if inner.target is aten.sum.dim_IntList:
             return float(aten.sum.dim_IntList(self.env[inner.args[0]].abs(), *inner.args[1:]).max())  # type: ignore[index]
         value: Tensor = self.env[node]
-        return float(value.abs().max()) if value.numel() else 0.0
+        return float(value.double().abs().max()) if value.numel() else 0.0
 
     def _error(self, node: fx.Node) -> Tensor:
         """Bound of the rounding error of sums of products in any order (Higham 2002, "Accuracy and stability", 3.1)."""
