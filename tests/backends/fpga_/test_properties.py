@@ -51,7 +51,8 @@ def test_additive_over_graphs(one: list[OpSite], other: list[OpSite]) -> None:
 def test_linear_in_the_batch_beyond_one_tile(c: int, k: int, size: int, times: int, phase: str) -> None:
     """As many samples again cost as much again, but for what is moved once: never more, and in the end exactly.
 
-    Subadditive in whole batches; and where samples fill the array and tiles exactly, equal steps cost equally.
+    Subadditive in whole batches, but for double buffering: a batch that stays on the chip takes its room once, slices
+    of a larger one twice. Where samples fill the array and tiles exactly, equal steps cost equally.
     """
 
     def energy(batch: int) -> float:
@@ -63,7 +64,7 @@ def test_linear_in_the_batch_beyond_one_tile(c: int, k: int, size: int, times: i
 
     batch = 48  # fills rows of 16 and columns of 12
     one, more, most = energy(batch), energy(times * batch), energy((2 * times - 1) * batch)
-    assert more <= times * one * (1 + 1e-9)
+    assert more <= times * one * 1.005
     assert most - more == pytest.approx(more - one, rel=0.02)
 
 
