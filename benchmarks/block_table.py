@@ -1,6 +1,6 @@
 """Residual blocks found and expected, over pytorchcv and transformers models: writes ``docs/blocks.md``.
 
-    python benchmarks/block_table.py            # goes on where it was stopped; state in out/block_table.jsonl
+    python benchmarks/block_table.py            # goes on where it was stopped; state in --out, out/block_table.jsonl
     python benchmarks/block_table.py --at-most 10           # ten models more; the table lists what there is
     python benchmarks/block_table.py --only resnet20,ViT --again
 
@@ -45,7 +45,6 @@ from e2pass.program import Program
 from e2pass.verification import verify
 
 HERE = Path(__file__).resolve().parent
-STATE = HERE.parent / "out" / "block_table.jsonl"
 TOLERANCE = 1e-4
 TABLE = HERE.parent / "docs" / "blocks.md"
 
@@ -94,8 +93,9 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     """Capture a model in training mode and search it."""
     torch.manual_seed(0)
     example = Inputs.of(inputs)
+    diagnostics = Diagnostics()
     try:
-        captured = capture(model.train(), example, Diagnostics())
+        captured = capture(model.train(), example, diagnostics)
     except E2PassError as error:
         row.error = f"not captured: {str(error).splitlines()[0]}"
         return
@@ -103,6 +103,9 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     found = search(captured.train)
     row.milliseconds = round(1e3 * (time.perf_counter() - started), 1)
     row.capture = captured.rung
+    if captured.leaves:
+        why = next(d.message for d in diagnostics if d.code == "E2P101")
+        row.error = f"{len(captured.leaves)} modules stay opaque: {why}"
     row.found, row.gated = len(found.blocks), sum(block.gated for block in found.blocks)
     for block in found.blocks:
         if not block.gated:
@@ -114,7 +117,7 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     try:
         compare(row, model, example, captured)
     except (E2PassError, RuntimeError) as error:
-        row.error = f"not compared: {str(error).splitlines()[0]}"
+        row.error = f"{row.error}; not compared: {str(error).splitlines()[0]}".lstrip("; ")
 
 
 def compare(row: Row, model: nn.Module, inputs: Inputs, captured: Capture) -> None:
@@ -147,10 +150,10 @@ def _general(reason: str) -> str:
 
 
 class Turn:
-    """Which models are measured in this call."""
+    """Which models are measured in this call, and the file that keeps them."""
 
-    def __init__(self, only: list[str], at_most: int | None) -> None:
-        self.only, self.left = only, at_most
+    def __init__(self, only: list[str], at_most: int | None, state: Path) -> None:
+        self.only, self.left, self.state = only, at_most, state
         self.left_out: list[str] = []
 
     def takes(self, name: str) -> bool:
@@ -162,6 +165,16 @@ class Turn:
         return True
 
 
+def build(name: str, size: int) -> nn.Module:
+    """Make ``file.constructor`` of pytorchcv; a model that enlarges its maps to fixed sizes, for images of ``size``."""
+    file, constructor = name.split(".")
+    make = getattr(importlib.import_module(f"pytorchcv.models.{file}"), constructor)
+    model: nn.Module = make()
+    if getattr(model, "fixed_size", False):
+        model = make(in_size=(size, size))
+    return model
+
+
 def pytorchcv_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
     """Measure the models of ``block_counts.csv``; each in its own file, since the full list needs torchvision."""
     rows = []
@@ -171,14 +184,13 @@ def pytorchcv_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
         if name in done:
             rows.append(replace(done[name], expected=int(entry["expected"]), rule=rule))
         elif turn.takes(name):
-            file, constructor = name.split(".")
-            model: nn.Module = getattr(importlib.import_module(f"pytorchcv.models.{file}"), constructor)()
+            size = int(entry["size"])
+            model = build(name, size)
             row = Row(name, int(entry["expected"]), rule)
             if entry["units"] and count_units(model, entry["units"]) != row.expected:
                 raise SystemExit(f"{name}: {entry['units']} gives {count_units(model, entry['units'])} units")
-            size = int(entry["size"])
             measure(row, model, torch.randn(2, 3, size, size))
-            rows.append(_keep(row))
+            rows.append(_keep(row, turn.state))
     return rows
 
 
@@ -194,7 +206,7 @@ def transformer_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
             torch.manual_seed(0)
             row = Row(name, entry["expected"], entry["rule"])
             measure(row, getattr(transformers, name)(config), _inputs(entry["inputs"]))
-            rows.append(_keep(row))
+            rows.append(_keep(row, turn.state))
     return rows
 
 
@@ -209,9 +221,9 @@ def _inputs(wanted: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return made
 
 
-def _keep(row: Row) -> Row:
-    STATE.parent.mkdir(exist_ok=True)
-    with STATE.open("a", encoding="utf-8") as state:
+def _keep(row: Row, path: Path) -> Row:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as state:
         state.write(json.dumps(asdict(row)) + "\n")
     verdict = "exact" if row.exact else f"expected {row.expected}"
     equal = f"differences {_difference(row.open_difference)}, {_difference(row.skip_difference)}"
@@ -283,16 +295,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="parts of model names, separated by commas; writes no table")
     parser.add_argument("--at-most", type=int, help="measure so many models in this call; the next call goes on")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "out" / "block_table.jsonl", help="state, JSON lines")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
     only = [part for part in options.only.split(",") if part]
     done: dict[str, Row] = {}
     if options.again:
-        STATE.unlink(missing_ok=True)
-    elif STATE.exists():
-        rows = (Row(**json.loads(line)) for line in STATE.read_text(encoding="utf-8").splitlines())
+        options.out.unlink(missing_ok=True)
+    elif options.out.exists():
+        rows = (Row(**json.loads(line)) for line in options.out.read_text(encoding="utf-8").splitlines())
         done = {row.model: row for row in rows}
-    turn = Turn(only, options.at_most)
+    turn = Turn(only, options.at_most, options.out)
     groups = {"transformers": transformer_rows(turn, done), "pytorchcv": pytorchcv_rows(turn, done)}
     if not only:
         write_table(groups, turn.left_out)

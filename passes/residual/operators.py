@@ -19,6 +19,7 @@ class Kind(StrEnum):
     PASS = "pass"  # hands its operand on unchanged
     DROPOUT = "dropout"
     AVG_POOL = "average pool"
+    REDUCTION = "reduction"  # mean or sum over dimensions
     MAX_POOL = "max pool"
     RESIZE = "resize"  # interpolation, unpooling, pixel shuffle, grid sampling
     PRODUCT = "product"  # linear while only one operand is an activation
@@ -69,7 +70,8 @@ _FUNCTIONS: dict[Kind, str] = {
     "identity",
     Kind.DROPOUT: "dropout dropout1d dropout2d dropout3d feature_dropout native_dropout alpha_dropout",
     Kind.AVG_POOL: "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "_adaptive_avg_pool2d mean sum",
+    "_adaptive_avg_pool2d",
+    Kind.REDUCTION: "mean sum",
     Kind.MAX_POOL: "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices "
     "adaptive_max_pool2d_with_indices",
     Kind.RESIZE: "interpolate upsample upsample_bilinear upsample_nearest upsample_nearest1d upsample_nearest2d "

@@ -200,12 +200,14 @@ def _loose_skip(dag: ActivationDag, tree: AddTree, split: Split, body: Body) -> 
     """A skip path that pools, has no weights or is not linear proves little: demand that nothing else branches off.
 
     What such a path computes on its way may be read elsewhere (DLA hands its pooled input on) where it is linear but
-    for max pools.
+    for max pools. The fork may be where the path is an identity or a projection in all but form.
     """
     if split.kind == IDENTITY or (split.kind == PROJECTION and split.path.contractions > 0 and not split.path.pools):
         return ""
     region = frozenset({*body.nodes, *split.path.nodes, *tree.joins})
-    shared = split.path.nodes if split.kind == PROJECTION else frozenset[int]()
+    shared = set(split.path.nodes if split.kind == PROJECTION else ())
+    if shortcut.rearranges(dag, split.path) or shortcut.is_preactivated(dag, split.path):
+        shared.add(split.fork)
     if not shortcut.is_closed(dag, split.fork, region, {tree.root, *shared}):
         return f"other paths leave between {dag.name(split.fork)} and the sum: one of several merges, not a skip path"
     layers = sum(dag.is_contraction(n) for n in body.nodes)

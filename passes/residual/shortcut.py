@@ -17,10 +17,12 @@ _LINEAR = frozenset(
         Kind.PASS,
         Kind.DROPOUT,
         Kind.AVG_POOL,
+        Kind.REDUCTION,
         Kind.RESIZE,
         Kind.SUM,
     }
 )
+_REARRANGING = frozenset({Kind.MOVE, Kind.PASS, Kind.REDUCTION, Kind.SUM})
 _LINEAR_IN_ONE = frozenset({Kind.CONTRACTION, Kind.UP_CONTRACTION, Kind.BATCH_NORM, Kind.PRODUCT, Kind.QUOTIENT})
 MAX_PROJECTION_LAYERS = 2
 
@@ -93,6 +95,25 @@ def trace(dag: ActivationDag, fork: int, operand: int) -> Path:
         enlarges=any(enlarges(dag, n) for n in seen),
         whole=whole,
     )
+
+
+def rearranges(dag: ActivationDag, path: Path) -> bool:
+    """Whether a path is an identity of another width: it moves and adds values, and is never narrower than its end."""
+    width = shapes.elements_per_row
+    values = [dag.value(n) for n in sorted(path.nodes)]
+    tensors = [value for value in values if value is not None]
+    return (
+        len(tensors) == len(values) > 0
+        and all(dag.kind[n] in _REARRANGING for n in path.nodes)
+        and all(width(value) >= width(tensors[-1]) for value in tensors)
+    )
+
+
+def is_preactivated(dag: ActivationDag, path: Path) -> bool:
+    """Whether a path is one layer behind a norm and activation of its own, as in blocks with pre-activation."""
+    layers = [n for n in path.nodes if dag.is_contraction(n)]
+    bent = [n for n in path.nodes if not is_linear(dag, n)]
+    return len(layers) == 1 and not path.pools and all(n < layers[0] for n in bent)
 
 
 def is_short(dag: ActivationDag, fork: int, operand: int) -> bool:

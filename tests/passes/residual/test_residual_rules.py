@@ -60,6 +60,17 @@ def _pooled_skip(m: Any, x: torch.Tensor) -> Any:
     return torch.cat((down + m.f(x), down), 1)
 
 
+def _squeezed_skip(m: Any, x: torch.Tensor) -> Any:
+    h = m.stem(x)
+    squeezed = h.view(h.size(0), 2, 2, h.size(2), h.size(3)).sum(2)
+    return torch.cat((squeezed + m.f(h), m.g(h)), 1)
+
+
+def _activated_projection(m: Any, x: torch.Tensor) -> Any:
+    h = m.stem(x)
+    return torch.cat((m.skip(F.relu(m.norm(h))) + m.f(h), m.g(h)), 1)
+
+
 def _dead(m: Any, x: torch.Tensor) -> Any:
     pooled, _ = F.max_pool2d(m.f(x), 3, 1, 1, return_indices=True)
     return x + torch.sigmoid(pooled)
@@ -85,6 +96,11 @@ POSITIVE: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], list[tuple[str, s
         Fn(_pooled_skip, f=body(4, 4, 2)),
         (IMAGE,),
         [("f", "projection", "x")],
+    ),
+    "sums of channels as skip, the fork read elsewhere too": (
+        Fn(_squeezed_skip, stem=conv(4), f=body(4, 2), g=conv(4, 2)),
+        (IMAGE,),
+        [("f", "projection", "stem")],
     ),
     "padded skip": (
         Fn(lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 2)) + m.f(x), f=body(4, 6, 2)),
@@ -166,6 +182,12 @@ NOT_GATED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str, str]] = {
         "nonlinear",
         "skip path is not linear",
     ),
+    "projection with an activation of its own, the fork read elsewhere too": (
+        Fn(_activated_projection, stem=conv(4), norm=nn.BatchNorm2d(4), skip=conv(4, 4, 1), f=body(4), g=conv(4)),
+        (IMAGE,),
+        "nonlinear",
+        "skip path is not linear",
+    ),
     "rows that are not samples": (
         Fn(lambda m, x: (lambda h: h + m.f(h))(x.reshape(-1, 8)), f=mlp(8)),
         (TOKENS,),
@@ -222,6 +244,16 @@ def _state(m: Any, x: torch.Tensor) -> Any:
 def _one_of_many(m: Any, x: torch.Tensor) -> Any:
     h = m.stem(x)
     return torch.cat((F.avg_pool2d(h, 3, 1, 1) + m.f(h), m.g(h)), 1)
+
+
+def _mean_of_many(m: Any, x: torch.Tensor) -> Any:
+    h = m.stem(x)
+    return torch.cat((h.mean((2, 3), keepdim=True).expand(h.shape) + m.f(h), m.g(h)), 1)
+
+
+def _activated_branch(m: Any, x: torch.Tensor) -> Any:
+    h = m.stem(x)
+    return torch.cat((F.relu(m.a(h)) + m.f(h), m.g(h)), 1)
 
 
 def _fuse(m: Any, x: torch.Tensor) -> Any:
@@ -330,6 +362,16 @@ REJECTED: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]] = {
             lambda m, x: (lambda h: torch.cat((m.skip(F.max_pool2d(h, 3, 1, 1)) + m.f(h), m.g(h)), 1))(m.stem(x)),
             **{"stem": conv(4), "f": body(4), "g": conv(4), "skip": conv(4, 4, 1)},
         ),
+        (IMAGE,),
+        "one of several merges",
+    ),
+    "mean of the map beside other branches": (
+        Fn(_mean_of_many, stem=conv(4), f=body(4), g=conv(4)),
+        (IMAGE,),
+        "one of several merges",
+    ),
+    "branch that ends in an activation beside others": (
+        Fn(_activated_branch, stem=conv(4), a=conv(4, 4, 1), f=body(4), g=conv(4)),
         (IMAGE,),
         "one of several merges",
     ),
