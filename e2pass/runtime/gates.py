@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2pass.runtime.gate_cell import GateCell
+
 _COUNTERS = ("opened", "decided", "varied", "opened_eval", "decided_eval")
 
 GateState = tuple[Tensor, Tensor, Tensor]
-"""Decision of shape (B,) and the LSTM's hidden and cell state of shape (B, hidden)."""
+"""Decision of shape (B,) and the LSTM's hidden and cell state of shape (hidden, B)."""
 
 
 class Gate(nn.Module):
@@ -59,6 +61,7 @@ class _Pass:
     Attributes:
         offsets: What each gate adds to its standardised logit: its eagerness less the price of its block; 0-d each.
         costs: Weight of the compute term in each gate's backward; 0-d each.
+        weights: Of the LSTM cell and the head, as ``GateCell`` takes them.
         step: Steps that the controller has done before; 0 in evaluation.
         decisions: Gate and decision (B,), in the order they were made.
         generator: State of the random gates' dice.
@@ -70,6 +73,8 @@ class _Pass:
             relative = slu.weight * len(slu.gates)
             self.offsets = (eagerness.clamp(-Gate.REACH, Gate.REACH) - slu.price * relative).unbind()
             self.costs = (relative * (slu.ALPHA if slu.inject and slu.training else 0.0)).unbind()
+            lstm, head = slu.lstm, slu.head
+            self.weights = (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih + lstm.bias_hh, head.weight, head.bias)
         self.decisions: list[tuple[int, Tensor]] = []
         self.generator: torch.Generator | None = None
         self._slu = slu
@@ -169,12 +174,15 @@ class SLUGates(nn.Module):
     def _learned(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         gate: Gate = self.gates[index]  # type: ignore[assignment]
         pooled = gate.pool(fork)
-        features = gate.embed(pooled.mean(0, keepdim=True) if self.per == "batch" else pooled)
-        state = None if previous is None else (previous[1], previous[2])
-        h, c = self.lstm(features, state)
+        if self.per == "batch":
+            pooled = pooled.mean(0, keepdim=True)
         current = self._pass or _Pass(self)
-        score = self._standardise(gate, self.head(h), current).squeeze(1) + current.offsets[index]
-        mask: Tensor = _HardDecision.apply(score, current.costs[index])  # type: ignore[no-untyped-call]
+        h, c = (None, None) if previous is None else previous[1:]
+        logit, h, c = GateCell.apply(pooled, h, c, gate.embed.weight, *current.weights)  # type: ignore[no-untyped-call]
+        standardised = self._standardise(gate, logit, current)
+        mask, score = _HardDecision.apply(  # type: ignore[no-untyped-call]
+            standardised, current.offsets[index], current.costs[index]
+        )
         if self.per == "batch":
             mask = mask.expand(fork.shape[0])
         mask = self._enough(mask, score)
@@ -354,17 +362,23 @@ class _WithZeroGradients(torch.autograd.Function):
 class _HardDecision(torch.autograd.Function):
     """Step function forward; backward the sigmoid's slope times the task gradient, plus the compute term.
 
-    The compute term is relative to the task gradient at this gate, so that loss scaling and accumulation change
-    nothing; it also reaches samples whose block did not run and so have no task gradient.
+    Takes standardised logits (n, 1) and the gate's offset; returns decisions (n,) and scores (n,). The compute term is
+    relative to the task gradient at this gate, so that loss scaling and accumulation change nothing; it also reaches
+    samples whose block did not run and so have no task gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, score: Tensor, alpha: Tensor) -> Tensor:
+    def forward(ctx: Any, logit: Tensor, offset: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        score = logit.squeeze(1) + offset
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(score, alpha)
-        return (score > 0).to(score.dtype)
+        return (score > 0).to(score.dtype), score
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_score: Tensor | None) -> Any:
         score, alpha = ctx.saved_tensors
-        p = torch.sigmoid(score)
-        return (grad + alpha * grad.abs().mean()) * p * (1 - p), None
+        if grad is not None:
+            p = torch.sigmoid(score)
+            through = (grad + alpha * grad.abs().mean()) * p * (1 - p)
+            grad_score = through if grad_score is None else grad_score + through
+        return (None, None, None) if grad_score is None else (grad_score.unsqueeze(1), grad_score.sum(), None)

@@ -40,6 +40,13 @@ def merge_gathered(
     return _Gathered.apply(shortcut, body, mask, index)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample of two (n, ...) tensors, in the order in which both lie in memory: (n,)."""
+    if a.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shortcut: Tensor, body: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:
@@ -51,7 +58,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         body, index = ctx.saved_tensors
         open_grad = grad if index is None else grad.index_select(0, index)
-        inner = (open_grad * body).flatten(1).sum(1).to(ctx.dtype)
+        inner = inner_products(open_grad, body).to(ctx.dtype)
         mask_grad = inner if index is None else inner.new_zeros(ctx.samples).index_copy(0, index, inner)
         return grad, open_grad, mask_grad, None
 
