@@ -70,7 +70,7 @@ class Decide:
 
 @dataclass(frozen=True)
 class Skip:
-    """Run ``body`` on the samples whose gate is open and add the result to the shortcut."""
+    """Run ``body`` on the samples whose gate is open and add its outputs, one after the other, to the shortcut."""
 
     index: int
     body: Region

@@ -13,6 +13,7 @@ from e2pass.config import GateKind, GatePer, Survival
 from e2pass.diagnostics import Diagnostics
 from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
+from e2pass.passes.residual.add_tree import operands_of
 from e2pass.program import Program
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.merge import merge_masked
@@ -64,8 +65,9 @@ class InsertGates(Pass):
             )
         for mode, gm in program.unique_graphs():
             renamed = _insert(gm, [program.blocks[mode][i] for i in gated], program.slu)
+            order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
             for block in program.blocks[mode]:
-                _rename(block, renamed)
+                _rename(block, renamed, order)
         diagnostics.info("E2P210", GATES, f"{len(gated)} {self.gate} gates, target skip ratio {self.skip:.0%}")
         return PassResult(program, True, diagnostics)
 
@@ -90,8 +92,12 @@ def _features(nodes: dict[str, fx.Node], block: ResidualBlock) -> tuple[int, int
     return int(nodes[block.fork].meta["val"].shape[block.channel_dim]), block.channel_dim
 
 
-def _rename(block: ResidualBlock, renamed: dict[str, str]) -> None:
-    """Follow the joins that became merges."""
+def _rename(block: ResidualBlock, renamed: dict[str, str], order: dict[str, int]) -> None:
+    """Follow the joins that became merges; those of a gated block that only join arms are part of its body now."""
+    if block.gated:
+        inner = [name for name in block.joins if name not in renamed]
+        block.nodes = tuple(sorted((*block.nodes, *inner), key=lambda name: order[renamed.get(name, name)]))
+        block.joins = tuple(name for name in block.joins if name in renamed)
     block.fork = renamed.get(block.fork, block.fork)
     block.shortcut = renamed.get(block.shortcut, block.shortcut)
     for name in ("nodes", "arms", "joins", "side_inputs"):
@@ -123,34 +129,36 @@ def _insert_one(
     batch = fork.meta["val"].new_empty(fork.meta["val"].shape[:1], dtype=torch.float32)
     gate.meta = {**place, "val": (batch, batch, batch), "e2_tag": "slu.gate", "e2_technique": "slu"}
     join = nodes[block.join]
+    arms = _along_the_skip(nodes, block)
     with graph.inserting_before(join):
-        body = nodes[block.arms[0]]
-        for arm in block.arms[1:]:
-            total = graph.call_function(torch.add, (body, nodes[arm]))
-            total.meta = {**join.meta, "e2_tag": "slu.arms"}
-            body = total
+        body = tuple(arms.values()) if len(arms) > 1 else arms[join]
         merge = graph.create_node("call_function", merge_masked, (shortcut, body, gate), {}, name=f"slu_merge_{index}")
     merge.meta = {**join.meta, **place, "e2_tag": "slu.merge", "e2_technique": "slu", "e2_index": index}
-    for name in block.nodes:
+    for name in (*block.nodes, *(name for name in block.joins if nodes[name] not in arms)):
         nodes[name].meta["e2_block"] = block.name
         nodes[name].meta["e2_body"] = index
-    for arm_sum in _between(body, nodes, block):
-        arm_sum.meta["e2_body"] = index
-        arm_sum.meta["e2_block"] = block.name
     join.replace_all_uses_with(merge)
     for name in reversed(block.joins):
-        graph.erase_node(nodes[name])
-        nodes[name] = merge
+        if nodes[name] in arms:
+            graph.erase_node(nodes[name])
+            nodes[name] = merge
     return gate
 
 
-def _between(body: fx.Node, nodes: dict[str, fx.Node], block: ResidualBlock) -> list[fx.Node]:
-    """The additions made for several arms: part of the body, so that a closed gate skips them too."""
-    made: list[fx.Node] = []
-    while body.name not in block.arms and len(made) < len(block.arms):
-        made.append(body)
-        body = body.args[0]  # type: ignore[assignment]
-    return made
+def _along_the_skip(nodes: dict[str, fx.Node], block: ResidualBlock) -> dict[fx.Node, fx.Node]:
+    """The additions from the shortcut to the sum, in this order, each with what it adds; other ones join arms only.
+
+    The merge keeps this order, so with the gate open a sum of several arms is the model's to the last bit.
+    """
+    reached, arms = nodes[block.shortcut], dict[fx.Node, fx.Node]()
+    for name in block.joins:
+        left, right = operands_of(nodes[name]) or (None, None)
+        if reached in (left, right):
+            added = right if left is reached else left
+            assert added is not None
+            arms[nodes[name]] = added
+            reached = nodes[name]
+    return arms
 
 
 def _behind(node: fx.Node) -> fx.Node:

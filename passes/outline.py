@@ -114,16 +114,26 @@ class _Outliner:
         return Decide(index, fork.name, previous.name if isinstance(previous, fx.Node) else None, node.name)
 
     def _skip(self, node: fx.Node) -> Skip:
-        shortcut, _, gate = node.args
+        shortcut, arms, gate = node.args
         assert isinstance(shortcut, fx.Node)
         assert isinstance(gate, fx.Node)
+        results: Any = [arms] if isinstance(arms, fx.Node) else arms
         index = node.meta["e2_index"]
         name = "body_" + str(node.meta["e2_block"]).replace(".", "_")
-        body = self._region(name, self.body[index], index, fork=gate.args[1])  # type: ignore[arg-type]
+        body = self._region(name, self.body[index], index, gate.args[1], results)  # type: ignore[arg-type]
         return Skip(index, body, gate.name, shortcut.name, node.name)
 
-    def _region(self, name: str, nodes: list[fx.Node], block: int | None, fork: fx.Node | None = None) -> Region:
+    def _region(
+        self,
+        name: str,
+        nodes: list[fx.Node],
+        block: int | None,
+        fork: fx.Node | None = None,
+        results: Sequence[fx.Node] = (),
+    ) -> Region:
         cut = _Cut(nodes, fork)
+        if results:
+            cut.outputs.sort(key=results.index)
         graph = cut.build()
         specs = tuple(self._spec(n) for n in cut.inputs)
         return Region(

@@ -85,12 +85,14 @@ class InferenceForm(nn.Module):
                 inputs = [values[n] for n in step.body.inputs]
                 gate, shortcut = values[step.gate], values[step.shortcut]
                 if self.masked or self._preparing:
-                    (body,) = self._region(step.body, inputs)
-                    values[step.out] = merge_masked(shortcut, body, gate, slu.factor(step.index))
+                    values[step.out] = merge_masked(
+                        shortcut, self._region(step.body, inputs), gate, slu.factor(step.index)
+                    )
                 else:
-                    body = self._skipping(step.body, inputs, gate[0])
                     factor = slu.factor(step.index)
-                    values[step.out] = shortcut + (body * factor if factor != 1.0 else body)
+                    for arm in self._skipping(step.body, inputs, gate[0]):
+                        shortcut = shortcut + (arm * factor if factor != 1.0 else arm)
+                    values[step.out] = shortcut
         output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, plan.output)
         return self.twin._executable.capture.rebuild(output, False)
 
@@ -127,13 +129,11 @@ class InferenceForm(nn.Module):
                 )
             self.bodies[region.name] = Body(region, compiled, training=False)
 
-    def _skipping(self, region: Region, inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def _skipping(self, region: Region, inputs: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         body = self.bodies[region.name]
         arguments = self.runner(region.name).arguments(body.compiled, inputs)
         results = torch.ops.e2pass.body(arguments, mask, region.name)
-        (whole,) = (r for r, ((kind, _), _) in zip(results, body.outputs(), strict=True) if kind == "output")
-        result: Tensor = whole
-        return result
+        return [r for r, ((kind, _), _) in zip(results, body.outputs(), strict=True) if kind == "output"]
 
     def place_of(self, operator: str) -> str:
         """Where a region calls an ATen operator first, in words; ``""`` if none does."""

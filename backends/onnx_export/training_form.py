@@ -198,7 +198,7 @@ class TrainingForm:
         self.bodies[region.name] = Body(region, compiled)
         tensors = runner.arguments(compiled, inputs, overrides)
         values, _ = compiled(tensors, [overrides[name][1] for _, name in compiled.shadows], _ignore)
-        return merge_masked(shortcut, values[0], gate)
+        return merge_masked(shortcut, values, gate)
 
     def _opaque_body(
         self, step: Skip, inputs: list[Tensor], shortcut: Tensor, gate: Any, overrides: dict[str, tuple[Tensor, Tensor]]
@@ -211,10 +211,10 @@ class TrainingForm:
         with torch.no_grad():
             self.entered[step.body.name] = (mask > 0).any()
             self._keep_side_results(body, mask, results)
-        (whole,) = (r for r, ((kind, _), _) in zip(results, body.outputs(), strict=True) if kind == "output")
-        merged: Any = MergeWhole.apply(shortcut, whole, mask)  # type: ignore[no-untyped-call]
-        result: Tensor = merged
-        return result
+        for result, ((kind, _), _) in zip(results, body.outputs(), strict=True):
+            if kind == "output":
+                shortcut = MergeWhole.apply(shortcut, result, mask)  # type: ignore[no-untyped-call]
+        return shortcut
 
     def _keep_side_results(self, body: Body, mask: Tensor, results: Sequence[Tensor]) -> None:
         """New buffer values count by the share of samples that entered; where none did nothing changes."""

@@ -14,10 +14,17 @@ def per_sample(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def merge_masked(shortcut: Tensor, body: Tensor, gate: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
-    """``shortcut + mask * body``: every sample's body is computed, closed ones are multiplied by zero."""
-    mask = gate[0]
-    return shortcut + per_sample(mask * scale if scale != 1.0 else mask, body) * body
+def merge_masked(
+    shortcut: Tensor, body: Tensor | Sequence[Tensor], gate: tuple[Tensor, ...], scale: float = 1.0
+) -> Tensor:
+    """``shortcut + mask * body``: every sample's body is computed, closed ones are multiplied by zero.
+
+    A body of several arms is added arm by arm, as the model does it.
+    """
+    mask = gate[0] * scale if scale != 1.0 else gate[0]
+    for arm in [body] if isinstance(body, Tensor) else body:
+        shortcut = shortcut + per_sample(mask, arm) * arm
+    return shortcut
 
 
 def merge_gathered(
@@ -44,7 +51,8 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample of two (n, ...) tensors, in the order in which both lie in memory: (n,)."""
     if a.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    result: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return result
 
 
 class _Gathered(torch.autograd.Function):

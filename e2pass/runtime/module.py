@@ -251,21 +251,23 @@ class _Run:
         values, slu = self.values, self.module.e2_slu
         assert slu is not None
         inputs = [values[n] for n in step.body.inputs]
-        shortcut, gate = values[step.shortcut], values[step.gate]
+        shortcut: Tensor = values[step.shortcut]
+        gate = values[step.gate]
         factor = slu.factor(step.index)
         if self.masked:
-            (body,) = self._region(step.body, inputs, None)
-            return merge_masked(shortcut, body, gate, factor)
+            return merge_masked(shortcut, self._region(step.body, inputs, None), gate, factor)
         mask: Tensor = gate[0]
         index = None if slu.kind == "open" else mask.detach().nonzero().squeeze(1)
         if index is None or len(index) == len(mask):
-            (body,) = self._region(step.body, inputs, None)
-            return merge_gathered(shortcut, body * factor if factor != 1.0 else body, mask, None)
+            for arm in self._region(step.body, inputs, None):
+                shortcut = merge_gathered(shortcut, arm * factor if factor != 1.0 else arm, mask, None)
+            return shortcut
         if len(index) == 0:
             return merge_gathered(shortcut, None, mask, None, self._untouched(step.body))
         chosen = [_rows(t, index, k) for t, k in zip(inputs, step.body.rows, strict=True)]
-        (body,) = self._region(step.body, chosen, len(mask))
-        return merge_gathered(shortcut, body, mask, index)
+        for arm in self._region(step.body, chosen, len(mask)):
+            shortcut = merge_gathered(shortcut, arm, mask, index)
+        return shortcut
 
     def _untouched(self, body: Region) -> list[Tensor]:
         """The parameters of a body that nobody entered, where processes wait for a gradient of each of them."""

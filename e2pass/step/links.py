@@ -31,6 +31,17 @@ def merge_name(value: str) -> str:
     return f"merge/{value}"
 
 
+def merge_names(step: Skip) -> list[str]:
+    """Names of the operations that add each output of a body; the last one produces the block's value."""
+    name = merge_name(step.out)
+    return [*(f"{name}.{i}" for i in range(len(step.body.outputs) - 1)), name]
+
+
+def worth_name(step: Skip) -> str:
+    """Name of the operation that ends in the gradient of a gate's decision."""
+    return f"{merge_name(step.out)}_{'sum' if len(step.body.outputs) == 1 else 'total'}"
+
+
 def gradient_sum_name(value: str, index: int) -> str:
     """Name of the ``index``-th addition of the gradients that ``value`` receives."""
     return f"gradient_sum/{value}_{index}"
@@ -87,7 +98,7 @@ class _Linker:
         self.owner = parameter_names(program.model)
         self.summed: set[str] = set()
         self.gate_index = {gate_region(s.index): s.index for s in self.plan.steps if isinstance(s, Decide)}
-        self.merge_of = {s.gate: s.out for s in self.plan.steps if isinstance(s, Skip)}
+        self.merge_of = {s.gate: s for s in self.plan.steps if isinstance(s, Skip)}
         self.next_gate = {s.previous: s.index for s in self.plan.steps if isinstance(s, Decide) and s.previous}
 
     def run(self) -> list[GraphNode]:
@@ -123,15 +134,22 @@ class _Linker:
             self._stage([gate_region(step.index)], stage)
             self._decide(step)
         else:
+            names = merge_names(step)
             self._stage([step.body.name, merge_name(step.out)], stage)
             self._enter(step.body)
-            joined = [node for i in range(len(step.body.outputs)) for node in self._output(step.body, i)]
             decision = self.gates.get(step.gate, [[]])[0] if self.gated else []
-            self._read(merge_name(step.out), [*self._value(step.shortcut), *joined, *decision])
-            if f"{merge_name(step.out)}_worth" in self.nodes:
-                self._read(f"{merge_name(step.out)}_worth", joined)
-                self._read(f"{merge_name(step.out)}_sum", [f"{merge_name(step.out)}_worth"])
-            self.values[step.out] = [merge_name(step.out)]
+            value, worth = self._value(step.shortcut), ""
+            for i, name in enumerate(names):
+                arm = self._output(step.body, i)
+                self._read(name, [*value, *arm, *decision])
+                value = [name]
+                if f"{name}_worth" in self.nodes:
+                    self._read(f"{name}_worth", arm)
+                    self._read(f"{name}_sum", [f"{name}_worth"])
+                    if worth:
+                        self._read(f"{name}_total", [worth, f"{name}_sum"])
+                    worth = f"{name}_total" if worth else f"{name}_sum"
+            self.values[step.out] = value
 
     def _stage(self, regions: list[str], stage: int) -> None:
         for name in regions:
@@ -231,7 +249,8 @@ class _Linker:
             self._contribute(step.shortcut, arrived, None)
             for name in step.body.outputs:
                 self._contribute(name, arrived, step.index)
-            self._read(f"{merge_name(step.out)}_worth", arrived)
+            for name in merge_names(step):
+                self._read(f"{name}_worth", arrived)
             self._leave(step.body, step.index)
         else:
             self._leave_gate(step)
@@ -275,7 +294,7 @@ class _Linker:
         region = gate_region(step.index)
         if not self.gated or region not in self.joints:
             return
-        worth = f"{merge_name(self.merge_of.get(step.out, ''))}_sum"
+        worth = worth_name(self.merge_of[step.out]) if step.out in self.merge_of else ""
         following = gate_region(self.next_gate[step.out]) if step.out in self.next_gate else ""
         states: list[list[str]] = [[], []]
         if following in self.joints:
@@ -358,7 +377,8 @@ def value_of(node: GraphNode) -> str:
     """The value of the flat graph that a merge or the sum of gradients is about, ``""`` for other nodes."""
     inner = node.inner_name
     if node.site.region == "merge":
-        return inner.removesuffix("_worth").removesuffix("_sum")
+        value = inner.partition(".")[0]
+        return value.removesuffix("_worth").removesuffix("_sum").removesuffix("_total")
     return inner.rpartition("_")[0] if node.site.region == "gradient_sum" else ""
 
 

@@ -16,7 +16,7 @@ from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.program import Program
 from e2pass.runtime.gates import Gate, SLUGates
-from e2pass.step.links import gate_region, gradient_sum_name, merge_name, opaque_backward_name, weight_sum_name
+from e2pass.step.links import gate_region, gradient_sum_name, merge_names, opaque_backward_name, weight_sum_name
 from e2pass.step.node import GraphNode
 from e2pass.step.side_graphs import lower_gate
 from e2pass.step.sites import Place, joint_nodes
@@ -93,12 +93,15 @@ class Outside:
 
     def _merge(self, step: Skip, learns: bool, batch: int) -> Iterator[OpSite]:
         block = str(self.values[step.out].meta["e2_block"])
-        out, rows, name = self._spec(step.out, batch), TensorSpec((batch,)), merge_name(step.out)
+        out, rows = self._spec(step.out, batch), TensorSpec((batch,))
         place: dict[str, Any] = {"layer": block, "block": block}
-        yield OpSite(name, "aten.add.Tensor", (out, out), (out,), region="merge", **place)
-        if learns:
-            yield _backward(f"{name}_worth", "aten.mul.Tensor", (out, out), out, Technique.SLU, **place)
-            yield _backward(f"{name}_sum", "aten.sum.dim_IntList", (out, (1,)), rows, Technique.SLU, **place)
+        for i, name in enumerate(merge_names(step)):
+            yield OpSite(name, "aten.add.Tensor", (out, out), (out,), region="merge", **place)
+            if learns:
+                yield _backward(f"{name}_worth", "aten.mul.Tensor", (out, out), out, Technique.SLU, **place)
+                yield _backward(f"{name}_sum", "aten.sum.dim_IntList", (out, (1,)), rows, Technique.SLU, **place)
+            if learns and i > 0:
+                yield _backward(f"{name}_total", "aten.add.Tensor", (rows, rows), rows, Technique.SLU, **place)
 
     def gradient_sums(self) -> list[GraphNode]:
         """A value that several regions read receives a gradient from each: autograd adds them."""

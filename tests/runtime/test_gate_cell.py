@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,13 @@ from e2pass.runtime.gate_cell import GateCell
 from e2pass.runtime.merge import inner_products
 
 
-def reference(layers: nn.ModuleList, pooled: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+def reference(layers: Any, pooled: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     embed, lstm, head = layers
     h, c = lstm(embed(pooled), state)
     return head(h), h, c
 
 
-def fused(layers: nn.ModuleList, pooled: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+def fused(layers: Any, pooled: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     embed, lstm, head = layers
     h, c = (None, None) if state is None else (state[0].t(), state[1].t())
     shared = (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih + lstm.bias_hh, head.weight, head.bias)
@@ -49,7 +51,11 @@ def test_second_derivatives() -> None:
     shapes = [(3, 2), (3, 2), (3, 5), (12, 3), (12, 3), (12,), (1, 3), (1,)]
     tensors = [torch.randn(s).double().mul(0.5).requires_grad_() for s in shapes]
     pooled = torch.randn(2, 5).double()
-    assert torch.autograd.gradgradcheck(lambda *t: GateCell.apply(pooled, *t), tensors)
+
+    def cell(*tensors: Tensor) -> Any:
+        return GateCell.apply(pooled, *tensors)  # type: ignore[no-untyped-call]
+
+    assert torch.autograd.gradgradcheck(cell, tensors)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -47,6 +47,15 @@ class Blocks(nn.Module):
         return self.result(x)
 
 
+class SeveralArms(Blocks):
+    """Arms that follow each other, added from the left, and two that are summed before they are added."""
+
+    def block(self, x: Tensor, body: nn.Module) -> Tensor:
+        a = body(x)
+        b = body(a.relu())
+        return x + 0.3 * a + 0.7 * b + (body(b) + body(x.relu()))
+
+
 class Named(Blocks):
     def result(self, x: Tensor) -> Any:
         return {"logits": self.head(x), "features": (x, [x.mean(1)])}
@@ -226,3 +235,28 @@ def test_closed_from_the_start_and_a_model_without_blocks() -> None:
     torch.testing.assert_close(t.model(x), plain(x))
     with pytest.raises(e2pass.E2PassError, match="no gates to set"):
         t.set_gates("open")
+
+
+@pytest.mark.parametrize("kind", ["learned", "random"])
+def test_sums_of_several_arms_keep_their_order(kind: str) -> None:
+    model, x = SeveralArms(mlp(), mlp()), torch.randn(16, 8)
+    t = transformed(model, x, kind)
+    assert [(len(b.arms), b.gated, b.joins) for b in t.blocks] == [(4, True, (f"slu_merge_{i}",)) for i in (0, 1)]
+    with t.set_gates("open"):
+        original, ours = model(x), t.model(x)
+        assert torch.equal(ours, original)
+        wanted = torch.autograd.grad(original.square().sum(), list(model.parameters()))
+        found = torch.autograd.grad(ours.square().sum(), list(model.parameters()))
+    assert all(map(torch.equal, found, wanted))
+    found_by_masking = []
+    for masked in (False, True):
+        twin = copy.deepcopy(t.model)
+        twin.execute((x,), {}, masked=masked).square().sum().backward()
+        found_by_masking.append([p.grad for n, p in twin.named_parameters() if not n.startswith("e2_")])
+    skipped = twin.e2_slu.skipped_share()  # type: ignore[union-attr]
+    assert 0 < skipped.mean() < 1  # type: ignore[union-attr]
+    for ours, masked_one in zip(*found_by_masking, strict=True):
+        torch.testing.assert_close(ours, masked_one, rtol=1e-4, atol=1e-5)
+    merges = [n for n in t.graph.nodes if n.name.startswith("merge/slu_merge_0") and n.site.phase == "forward"]
+    assert len(merges) == 3
+    assert all(len(n.operands) >= 2 for n in merges)

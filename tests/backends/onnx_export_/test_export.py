@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -31,12 +32,17 @@ def with_deciding_gates(t: Transformed, inputs: Any) -> None:
     slu.price.zero_()
     t.model.eval()
     logits: list[Tensor] = []
-    hook = slu.head.register_forward_hook(lambda _, __, out: logits.append(out.detach().squeeze(1)))
+    standardise = slu._standardise
+
+    def recording(gate: Any, logit: Tensor, current: Any) -> Tensor:
+        logits.append(logit.detach().squeeze(1))
+        return standardise(gate, logit, current)
+
     gates: list[Any] = list(slu.gates)
     for gate in gates:
         gate.logit_var.fill_(1e-4)
         gate.embed.weight.data.normal_(std=2.0)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(slu, "_standardise", recording):
         for index, gate in enumerate(gates):  # in order: each gate sees what the gates before it decided
             logits.clear()
             t.model(*inputs) if isinstance(inputs, tuple) else t.model(**inputs)
@@ -45,7 +51,6 @@ def with_deciding_gates(t: Transformed, inputs: Any) -> None:
             quarter = len(ordered) // 4
             widest = quarter + int(gaps[quarter : len(gaps) - quarter].argmax())
             gate.logit_mean.copy_((ordered[widest] + ordered[widest + 1]) / 2)
-    hook.remove()
 
 
 def decisions(t: Transformed, inputs: Any) -> Tensor:
