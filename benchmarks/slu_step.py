@@ -7,13 +7,16 @@ A step is forward, backward and SGD with momentum on a batch of 128 images of 32
 take turns in random order within one process, so that whatever else the machine does meets all of them; a ratio's time
 is the median over rounds of its time in a round divided by the plain step's in the same round. ``--clock cpu`` counts
 the process's CPU time instead of the wall's, which other processes disturb less. ``gates`` is the step with learned
-gates that are held open minus the one with open gates that do not decide. Memory is the peak resident set of a process
-of its own that does three steps, less what it held before. ``--out`` is written after every model; a call adds to it.
+gates that are held open minus the one with open gates that do not decide. Freed memory stays with the process: glibc
+would give some of it back, and the variant that needs it next would pay for the pages. Memory is the peak resident set
+of a process of its own that does three steps, less what it held before. ``--out`` is written after every model; a call
+adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -33,6 +36,7 @@ import e2pass
 
 BATCH = 128
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -92,8 +96,19 @@ def make_step(model: str, variant: str) -> Callable[[], None]:
     return step
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory rather than to give it back; does nothing elsewhere."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_TRIM_THRESHOLD, 2**30)
+    mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it accepts
+
+
 def measure_times(model: str, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each variant's step, round by round."""
+    keep_freed_memory()
     steps = {variant: make_step(model, variant) for variant in VARIANTS}
     for step in steps.values():
         step()
