@@ -261,8 +261,8 @@ def write_table(groups: dict[str, list[Row]], left_out: list[str]) -> None:
         "",
         "Written by `benchmarks/block_table.py`; do not edit. Expected counts are committed",
         "(`benchmarks/block_counts.csv`, `benchmarks/transformer_models.json`). Where the rule names classes, the",
-        "count is taken from the model's modules; the other rules come from reading its code, and those of the DIA, ENet,",
-        "NASNet, ChannelNet, RevNet and Wav2Vec2 rows were settled after a first search had pointed at them.",
+        "count is taken from the model's modules; the other rules come from reading its code, and those of the DIA,",
+        "ENet, NASNet, ChannelNet, RevNet and Wav2Vec2 rows were settled after a first search had pointed at them.",
         "",
         f"{exact} of {len(rows)} models exact ({exact / max(1, len(rows)):.1%}); gated blocks beyond the expected: "
         f"{excess}.",
