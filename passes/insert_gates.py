@@ -96,7 +96,8 @@ def _rename(block: ResidualBlock, renamed: dict[str, str], order: dict[str, int]
     """Follow the joins that became merges; those of a gated block that only join arms are part of its body now."""
     if block.gated:
         inner = [name for name in block.joins if name not in renamed]
-        block.nodes = tuple(sorted((*block.nodes, *inner), key=lambda name: order[renamed.get(name, name)]))
+        present = {order[renamed.get(name) or name]: name for name in (*block.nodes, *inner)}
+        block.nodes = tuple(present[i] for i in sorted(present))
         block.joins = tuple(name for name in block.joins if name in renamed)
     block.fork = renamed.get(block.fork, block.fork)
     block.shortcut = renamed.get(block.shortcut, block.shortcut)

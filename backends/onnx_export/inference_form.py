@@ -31,15 +31,14 @@ class InferenceForm(nn.Module):
         self.training = False
         twin = copy.deepcopy(module).eval()
         object.__setattr__(self, "_twin", twin)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[registry] = twin.__dict__[registry]
+        self.__dict__["_non_persistent_buffers_set"] = twin._non_persistent_buffers_set
         self.masked = masked
         self.compiled: dict[str, CompiledRegion | None] = {}
         self.bodies: dict[str, Body] = {}
         self._own_runners: dict[str, RegionRunner] = {}
         self._preparing = False
-        # Last, since the model may have children of these names; they are found by path, not as attributes.
-        for registry in ("_modules", "_parameters", "_buffers"):
-            self.__dict__[registry] = twin.__dict__[registry]
-        self.__dict__["_non_persistent_buffers_set"] = twin._non_persistent_buffers_set
         if twin.e2_slu is not None:
             # Counting decisions would become an output of the exported graph.
             object.__setattr__(twin.e2_slu, "_record", _nothing)
