@@ -43,7 +43,8 @@ class Run(cifar.Run):
     def groups(self) -> list[dict[str, Any]]:
         if self.transformed is None:
             return super().groups()
-        return self.transformed.param_groups(LR, WEIGHT_DECAY, gates_lr=GATES_LR)
+        groups: list[dict[str, Any]] = self.transformed.param_groups(LR, WEIGHT_DECAY, gates_lr=GATES_LR)
+        return groups
 
     def observed(self) -> dict[str, Any]:
         return {} if self.transformed is None else {"skip_train": self.transformed.stats()["slu"]["skip_ratio"]}

@@ -53,7 +53,8 @@ class SeveralArms(Blocks):
     def block(self, x: Tensor, body: nn.Module) -> Tensor:
         a = body(x)
         b = body(a.relu())
-        return x + 0.3 * a + 0.7 * b + (body(b) + body(x.relu()))
+        out: Tensor = x + 0.3 * a + 0.7 * b + (body(b) + body(x.relu()))
+        return out
 
 
 class Named(Blocks):
