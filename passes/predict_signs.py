@@ -120,7 +120,7 @@ class PredictSigns(Pass):
     warmup: int = 0
     exclude: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
-    stats: bool = True
+    stats: bool = False
     bound: bool = False
 
     name: ClassVar[str] = "predict-signs"
