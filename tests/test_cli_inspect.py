@@ -52,17 +52,32 @@ def test_inspect_prints_graph_diff_and_node_and_writes_a_page(model: str, tmp_pa
         "inspect", model, *SMALL, "--graph", "--diff", "--tag", "psg", "--node", "update/stem.weight", "--html", page
     )  # fmt: skip
     assert done.exit_code == 0
-    graph, _, rest = done.stdout.partition("changes by kind")
-    changes, _, node = rest.partition(" unchanged\n")
-    lines = [line for line in graph.splitlines() if line.startswith("%")]
+    listed, _, rest = done.stdout.partition("changes by kind: ")
+    lines = [line for line in listed.splitlines() if line.startswith("%")]
     assert lines
     assert all("tag=psg." in line for line in lines)
-    assert re.search(r"│ added +│ psg.sign +│ +3 │", changes)
-    assert re.search(r"^\+ %trunk_0/sign_default\S* = \S+sign.default \{psg.sign\}$", node, re.MULTILINE)
-    assert "optimizer.sgd_momentum" in node
-    assert re.search(r"energy \(modelled\) +│ [\d.]+ [num]J", node)
+    added = [line for line in listed.splitlines() if line.startswith("+ ")]
+    assert len(added) == 20
+    assert all("{psg." in line for line in added)
+    left = re.search(r"^\.\.\. and (\d+) more added$", listed, re.MULTILINE)
+    assert left
+    assert rest.startswith(f"{20 + int(left[1])} added, 0 removed, "), "the summary comes last"
+    assert re.search(r"│ added +│ psg.sign +│ +3 │", rest)
+    assert "--all prints every change" in rest
+    assert "optimizer.sgd_momentum" in rest
+    assert re.search(r"energy \(modelled\) +│ [\d.]+ [num]J", rest)
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert f"wrote {page}" in done.stdout.replace("\n", "")
+
+
+def test_the_whole_diff_of_a_part(model: str) -> None:
+    done = run("inspect", model, *SMALL, "--diff", "--all", "--tag", "psg")
+    counts, *lines = done.stdout.partition("changes by kind")[0].splitlines()
+    added = int(counts.split()[0])
+    assert added > 20
+    assert sum(line.startswith("+ ") and "{psg." in line for line in lines) == added
+    assert "more added" not in done.stdout
+    assert "--all" not in done.stdout
 
 
 def test_opt_runs_any_pipeline_and_prints_after_each_pass(model: str) -> None:
@@ -108,6 +123,7 @@ def test_a_bad_pipeline_gets_one_line(model: str, passes: str, message: str) -> 
 def test_bad_names_get_one_line_and_leave_nothing(model: str, tmp_path: Path) -> None:
     cases = {
         ("--node", "update/stem"): "no node 'update/stem'; similar names are ",
+        ("--graph", "--all"): "--all is for --diff; give both",
         ("--graph", "--path", "stems"): "the graph has no path 'stems'; it has stem, ",
     }
     for arguments, message in cases.items():

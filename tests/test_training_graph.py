@@ -327,8 +327,22 @@ def test_diff_of_the_techniques_one_by_one(transformed: Transformed, graph: Trai
 def test_diff_of_neutral_is_gates_only(mixed: tuple[Mixed, torch.Tensor, TrainingGraph]) -> None:
     model, x, graph = mixed
     neutral = graph.diff()
-    assert {n.tag for n in neutral.added} == {"slu.gate", "update"}
+    assert {n.tag for n in neutral.added} == {"slu.gate", "slu.merge", "update"}
     assert {n.site.technique for n in neutral.added} == {"slu"}
+    assert all(n.operands for n in neutral.added if n.tag == "slu.merge"), "open gates are shown as they would learn"
+    roots = {n.name for n in graph.nodes if not n.operands and not n.in_forward}
+    assert roots == {"trunk_1/sum_1", "trunk_1/t_3"}, "all but the branch that no loss sees read a gradient"
+    assert all("gradient=none" in line for line in graph.to_text().splitlines() if line[1:].split(":")[0] in roots)
+    assert graph.to_text().count("gradient=none") == len(roots)
+    gated = {n for n in neutral.to_text().splitlines() if "gated:" in n}
+    assert "~ %update/first.body.0.weight: gated: runs only where gate 0 is open, instead of always" in gated
+    assert ("replaced", "gated", len(gated)) in neutral.summary()
+    assert "ungated: always runs, instead of only where gate 0 is open" in str(e2pass.diff(graph, graph.original))
+    whole, short = neutral.to_text().splitlines(), neutral.to_text(most=2).splitlines()
+    assert short[:3] == whole[:3]
+    assert short[3] == f"... and {len(neutral.added) - 2} more added"
+    assert short[-1] == f"... and {len(neutral.replaced) - 2} more replaced"
+    assert len(short) == 1 + 2 * 3
     assert {r.after.gate for r in neutral.replaced} == {0, 1}
     plain = e2pass.transform(model, x, config=Config(smd=None, slu=None, psg=None, bits=None)).graph
     assert plain.diff().empty

@@ -70,6 +70,8 @@ def notes_of(graph: TrainingGraph, node: GraphNode) -> Iterator[tuple[str, str]]
         yield "technique", str(site.technique)
     if node.gate is not None:
         yield "gate", str(node.gate)
+    if node.without_gradient:
+        yield "gradient", "none"
     for key, value in (("block", site.block), ("path", site.layer), ("line", node.line), ("pass", node.made_by)):
         if value:
             yield key, value

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from e2pass.transformed import Transformed
 
 Filter = Annotated[str | None, typer.Option(help="Show only this part of the graph")]
-SHOWN_CHANGES = 40
+SHOWN_CHANGES = 20
+"""Lines of operations added, removed and replaced, each, that ``--diff`` prints without ``--all``."""
+
+NO_GRADIENT = "a gradient that never arrives: the loss does not depend on this output"
 
 
 def inspect(
@@ -34,6 +37,9 @@ def inspect(
     board: BoardName = "zedboard",
     graph: Annotated[bool, typer.Option("--graph", help="Print the training step, one line an operation")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what was added, replaced and removed")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help=f"With --diff: every change, not the first {SHOWN_CHANGES} of each kind")
+    ] = False,
     node: Annotated[str | None, typer.Option(metavar="NAME", help="Print everything about one operation")] = None,
     region: Filter = None,
     block: Filter = None,
@@ -50,8 +56,11 @@ def inspect(
         from e2pass.cli.output import console
         from e2pass.cli.target import build_model, parse_inputs
         from e2pass.config import resolve
+        from e2pass.errors import InputError
 
         check_output(html)
+        if every and not diff:
+            raise InputError("--all is for --diff; give both")
         inputs = parse_inputs(shapes)
         loader = [None, None] if resolve(config).smd is not None else None  # two batches, of which SMD may drop one
         built = build_model(model, keyword_arguments(arguments, kwargs))
@@ -61,7 +70,7 @@ def inspect(
         if graph:
             typer.echo(narrowed.to_text(), nl=False)
         if diff:
-            print_diff(_narrowed(t, narrowed), console())
+            print_diff(_changes(t, filters), console(), None if every else SHOWN_CHANGES)
         if node is not None:
             console().print(node_table(t.graph, node))
         if html is not None:
@@ -71,17 +80,25 @@ def inspect(
             print_inspection(t, console())
 
 
-def _narrowed(t: Transformed, part: TrainingGraph) -> GraphDiff:
+def _changes(t: Transformed, filters: dict[str, str | None]) -> GraphDiff:
+    """The changes to the part that fits the filters, in the step before or in the new one."""
+    from e2pass.errors import InputError
     from e2pass.step.diff import GraphDiff
 
     whole = t.graph.diff()
-    if part is t.graph:
+    if not any(filters.values()):
         return whole
+    part, before = t.graph.select(**filters), t.graph.original
+    try:
+        left = {n.name for n in before.select(**filters).nodes}
+    except InputError:  # this part is new as a whole
+        left = set()
+    replaced = tuple(r for r in whole.replaced if r.after.name in part)
     return GraphDiff(
         added=tuple(n for n in whole.added if n.name in part),
-        removed=(),
-        replaced=tuple(r for r in whole.replaced if r.after.name in part),
-        kept=sum(n.name in t.graph.original for n in part.nodes) - sum(r.after.name in part for r in whole.replaced),
+        removed=tuple(n for n in whole.removed if n.name in left),
+        replaced=replaced,
+        kept=sum(n.name in before for n in part.nodes) - len(replaced),
     )
 
 
@@ -127,17 +144,19 @@ def _gradient_table(gradients: list[tuple[str, bool, str]]) -> Table:
     return table
 
 
-def print_diff(changes: GraphDiff, console: Console) -> None:
-    """Print a summary of the changes, then the changes one by one."""
+def print_diff(changes: GraphDiff, console: Console, most: int | None = None) -> None:
+    """Print the changes one by one, ``most`` of each kind, and last a summary: what is printed last stays in sight."""
     from rich.table import Table
 
-    table = Table(title="changes by kind")
+    table = Table(title=f"changes by kind: {changes.counts}")
     for heading in ("change", "what", "operations"):
         table.add_column(heading, justify="right" if heading == "operations" else "left")
     for change, what, count in changes.summary():
         table.add_row(*_plain(change, what, count))
+    console.print(changes.to_text(most), markup=False, highlight=False, soft_wrap=True, end="")
     console.print(table)
-    console.print(changes.to_text(), markup=False, highlight=False, soft_wrap=True, end="")
+    if most is not None and max(map(len, (changes.added, changes.removed, changes.replaced))) > most:
+        console.print("--all prints every change; --block, --region, --tag and --path choose a part", highlight=False)
 
 
 def node_table(graph: TrainingGraph, name: str) -> Table:
@@ -173,10 +192,10 @@ def _facts(graph: TrainingGraph, node: GraphNode) -> Iterator[tuple[str, str]]:
     yield "phase", str(site.phase)
     yield "technique", str(site.technique)
     yield "tag", node.tag
-    yield "gate", "" if node.gate is None else str(node.gate)
+    yield "gate", "" if node.gate is None else f"{node.gate}: it runs only where this gate is open"
     yield "executions", f"{node.probability(graph.rates):.4g} per nominal step"
     yield "parameters", ", ".join(node.state)
-    yield "reads", "\n".join(node.operands)
+    yield "reads", NO_GRADIENT if node.without_gradient else "\n".join(node.operands)
     yield "read by", "\n".join(graph.readers(node.name))
 
 

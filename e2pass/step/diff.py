@@ -48,20 +48,35 @@ class GraphDiff:
         return not (self.added or self.removed or self.replaced)
 
     def summary(self) -> list[tuple[str, str, int]]:
-        """Change, what it was for, and how many times: ``("added", "psg.msb", 36)``."""
+        """Change, what it was for (or what of it changed), and how many times: ``("added", "psg.msb", 36)``."""
         counts: Counter[tuple[str, str]] = Counter()
         counts.update(("added", _purpose(node)) for node in self.added)
         counts.update(("removed", _purpose(node)) for node in self.removed)
-        counts.update(("replaced", kind) for item in self.replaced for kind in {c.split(" ")[0] for c in item.changes})
+        counts.update(("replaced", kind) for item in self.replaced for kind in {_kind(c) for c in item.changes})
         return [(change, what, n) for (change, what), n in sorted(counts.items())]
 
-    def to_text(self) -> str:
-        """One line an operation: ``+`` added, ``-`` removed, ``~`` replaced, with what changed."""
-        counts = {"added": self.added, "removed": self.removed, "replaced": self.replaced}
-        lines = [", ".join([*(f"{len(nodes)} {what}" for what, nodes in counts.items()), f"{self.kept} unchanged"])]
-        lines += [f"- {_title(node)}" for node in self.removed]
-        lines += [f"+ {_title(node)}" for node in self.added]
-        lines += [f"~ %{item.after.name}: {'; '.join(item.changes)}" for item in self.replaced]
+    @property
+    def counts(self) -> str:
+        """How many operations were added, removed, replaced and left as they are, in one line."""
+        found = {"added": len(self.added), "removed": len(self.removed), "replaced": len(self.replaced)}
+        return ", ".join(f"{count} {what}" for what, count in (found | {"unchanged": self.kept}).items())
+
+    def to_text(self, most: int | None = None) -> str:
+        """One line an operation: ``+`` added, ``-`` removed, ``~`` replaced, with what changed.
+
+        Args:
+            most: Lines of each of the three at the most, with a word on how many more there are; None is no limit.
+        """
+        kinds = {
+            "removed": [f"- {_title(node)}" for node in self.removed],
+            "added": [f"+ {_title(node)}" for node in self.added],
+            "replaced": [f"~ %{item.after.name}: {'; '.join(item.changes)}" for item in self.replaced],
+        }
+        lines = [self.counts]
+        for kind, found in kinds.items():
+            lines += found[:most]
+            if most is not None and len(found) > most:
+                lines.append(f"... and {len(found) - most} more {kind}")
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
@@ -101,11 +116,19 @@ def _changes(old: GraphNode, new: GraphNode) -> Iterator[str]:
     if old.tag != new.tag:
         yield f"tag {old.tag or 'none'} -> {new.tag or 'none'}"
     if old.gate != new.gate:
-        yield f"gate {'none' if old.gate is None else old.gate} -> {'none' if new.gate is None else new.gate}"
+        yield _gating(old.gate, new.gate)
     lost = [f"%{name}" for name in old.operands if name not in new.operands]
     gained = [f"%{name}" for name in new.operands if name not in old.operands]
     if lost or gained:
         yield f"reads {', '.join(gained) or 'nothing'} instead of {', '.join(lost) or 'nothing'}"
+
+
+def _gating(old: int | None, new: int | None) -> str:
+    if new is None:
+        return f"ungated: always runs, instead of only where gate {old} is open"
+    return (
+        f"gated: runs only where gate {new} is open, instead of {'always' if old is None else f'where gate {old} is'}"
+    )
 
 
 def _types(node: GraphNode) -> str:
@@ -113,6 +136,10 @@ def _types(node: GraphNode) -> str:
     return ", ".join(
         f"{dtype}{list(spec.shape)}:{spec.bits}" for dtype, spec in zip(dtypes, node.outputs, strict=False)
     )
+
+
+def _kind(change: str) -> str:
+    return change.partition(" ")[0].removesuffix(":")
 
 
 def _purpose(node: GraphNode) -> str:

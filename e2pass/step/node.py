@@ -67,6 +67,12 @@ class GraphNode:
         return self.site.phase in (Phase.DATA, Phase.FORWARD)
 
     @property
+    def without_gradient(self) -> bool:
+        """Whether it starts from a gradient that never arrives: the loss does not depend on that output."""
+        reads = any(isinstance(arg, TensorSpec) for arg in self.site.args)
+        return not self.in_forward and self.site.phase is not Phase.LOSS and reads and not (self.operands or self.state)
+
+    @property
     def per_sample(self) -> bool:
         """Whether it does more for more samples; False for what happens once for a batch that enters a block."""
         return self.half is None or (self.half.args, self.half.outputs) != (self.site.args, self.site.outputs)

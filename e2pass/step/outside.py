@@ -61,7 +61,7 @@ class Outside:
         return before, after
 
     def gates(self) -> list[GraphNode]:
-        """The gate network of every block; open gates are priced like learned ones, as what neutral adds."""
+        """The gate network of every block; open gates are shown and priced like learned ones, as what neutral adds."""
         slu = self._learned_gates()
         if slu is None:
             return []
@@ -83,8 +83,8 @@ class Outside:
         return nodes
 
     def merges(self) -> list[GraphNode]:
-        """The additions that join bodies to shortcuts; learning gates also ask how much the body was worth."""
-        learns = self.program.slu is not None and self.program.slu.kind == "learned"
+        """The additions that join bodies to shortcuts; gates that learn ask how much the body was worth, too."""
+        learns = self._learned_gates() is not None
         nodes: list[GraphNode] = []
         for step in self.plan.steps:
             if isinstance(step, Skip):

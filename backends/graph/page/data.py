@@ -37,7 +37,8 @@ def page_data(graph: TrainingGraph) -> dict[str, Any]:
     ``nodes`` holds columns. ``group`` (where it hangs in the hierarchy), ``region``, ``name``, ``kind`` (operator,
     phase, technique, tag, pass, type), ``cost``, ``origin`` (module path, line, block) and ``change`` (since the
     original step; the table is empty where that is not known) are numbers of entries in the tables of these names;
-    ``reads`` holds numbers of nodes, ``state`` numbers in ``names``.
+    ``reads`` holds numbers of nodes, ``state`` numbers in ``names``. ``no_gradient`` lists the backward operations that
+    no gradient reaches.
     """
     names, groups, regions, kinds, costs, origins, changes = (_Table() for _ in range(7))
     changed = _changed(graph)
@@ -73,6 +74,7 @@ def page_data(graph: TrainingGraph) -> dict[str, Any]:
         "costs": costs.values,
         "origins": origins.values,
         "changes": changes.values if changed else [],
+        "no_gradient": [i for i, node in enumerate(graph.nodes) if node.without_gradient],
         "nodes": columns,
     }
 

@@ -157,7 +157,9 @@ E2Step.Details = class {
     return [make("h2", {}, node.full), make("p", { class: "op" }, node.op), make("p", {}, ...badges), ...this._price(node),
       make("h3", {}, "Origin"),
       this._list([["module", node.path], ["source line", node.line], ["made by", node.pass], ["change", this.model.data.changes.length ? this.model.change(node.index) : ""], ["region", node.region], ["block", node.block], ["produces", node.type], ["parameters", node.state.join(", ")]]),
-      make("h3", {}, "Reads"), this._links(this._beyond(node.reads, (i) => this.model.data.nodes.reads[i]), (other) => other.short),
+      make("h3", {}, "Reads"), this.model.data.no_gradient.includes(node.index)
+        ? make("p", { class: "hint" }, "a gradient that never arrives: the loss does not depend on this output")
+        : this._links(this._beyond(node.reads, (i) => this.model.data.nodes.reads[i]), (other) => other.short),
       make("h3", {}, "Read by"), this._links(this._beyond(this.model.readers(node.index), (i) => this.model.readers(i)), (other) => other.short)];
   }
 
