@@ -35,7 +35,9 @@ COLOURS: Mapping[str, str] = {
 """The same thing has the same colour in every chart."""
 TOTAL, LESS, MORE = "#4e79a7", "#59a14f", "#e15759"
 NAMES = {Phase.DX.value: "dX", Phase.DW.value: "dW"}
-SOFT = "#616e7c"
+SOFT, GRID = "var(--axis)", "var(--grid)"
+"""Colours of the page's scheme, light or dark; the script looks them up."""
+ROOFS = tuple(f"var(--roof-{i})" for i in range(1, 5))
 ALL_LABELS = 24
 """Categories up to which every one has its label on the axis."""
 
@@ -208,7 +210,7 @@ def _roofline_view(report: CostReport, step: str) -> Option:
         )
     xs = [p.macs_per_byte for p in points]
     series += _roofs(report, min(xs, default=1.0) / 2, max(xs, default=1.0) * 2)
-    axis: Option = {"type": "log", "splitLine": {"lineStyle": {"color": "#eef1f4"}}, "nameTextStyle": {"color": SOFT}}
+    axis: Option = {"type": "log", "splitLine": {"lineStyle": {"color": GRID}}, "nameTextStyle": {"color": SOFT}}
     return {
         "animation": False,
         "color": list(PALETTE),
@@ -228,7 +230,7 @@ def _roofs(report: CostReport, low: float, high: float) -> Iterator[Option]:
     peaks: dict[float, str] = {}
     for widths, peak in report.ceilings.macs_per_s.items():
         peaks[peak] = f"{peaks[peak]}, {widths}" if peak in peaks else widths
-    for (peak, widths), shade in zip(peaks.items(), ("#323f4b", "#7b8794", "#9aa5b1", "#cbd2d9"), strict=False):
+    for (peak, widths), shade in zip(peaks.items(), ROOFS, strict=False):
         ridge = peak / slope
         line = [[x, min(peak, slope * x)] for x in sorted({low, min(max(ridge, low), high), high})]
         look = {"color": shade, "width": 1.5, "type": "dashed"}
@@ -251,7 +253,7 @@ def _bars(names: Sequence[str], series: list[Option]) -> Option:
             "type": "category", "data": list(names), "axisTick": {"show": False},
             "axisLabel": {"interval": 0, "color": SOFT, **few},
         },
-        "yAxis": {"type": "value", "splitLine": {"lineStyle": {"color": "#eef1f4"}}},
+        "yAxis": {"type": "value", "splitLine": {"lineStyle": {"color": GRID}}},
         "series": series,
     }  # fmt: skip
 

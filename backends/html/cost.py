@@ -46,7 +46,7 @@ def cost_fragment(report: CostReport, prefix: str = "cost") -> Fragment:
     )  # fmt: skip
     return Fragment(
         Markup(body),
-        styles=(asset("static/report.css"),),
+        styles=(asset("static/theme.css"), asset("static/report.css")),
         scripts=(
             asset("vendor/echarts.common.min.js"),
             asset("vendor/sortable.min.js"),

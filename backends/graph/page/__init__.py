@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from e2pass.backends.graph.page.data import page_data, to_json
 from e2pass.backends.html import cost_fragment
-from e2pass.backends.html.page import Asset, Fragment, page
+from e2pass.backends.html.page import Asset, Fragment, asset, page
 from e2pass.diagnostics import Diagnostic
 from e2pass.report import CostReport
 from e2pass.step.graph import TrainingGraph
@@ -42,7 +42,9 @@ def graph_fragment(graph: TrainingGraph) -> Fragment:
         data=Markup(to_json(page_data(graph))),
         gradients=list(_gradients(graph)),
     )  # fmt: skip
-    return Fragment(Markup(body), tuple(map(_asset, STYLES)), tuple(map(_asset, SCRIPTS)), wasm=True)
+    return Fragment(
+        Markup(body), (asset("static/theme.css"), *map(_asset, STYLES)), tuple(map(_asset, SCRIPTS)), wasm=True
+    )
 
 
 def _gradients(graph: TrainingGraph) -> Iterator[tuple[str, bool, str]]:

@@ -30,18 +30,44 @@
     return option;
   }
 
+  // Canvas knows no CSS: variables of the page's scheme are looked up here, by the charts' own colours and by the rest.
+  const scheme = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  function looked(value) {
+    if (typeof value === "string") return value.replace(/^var\((--[\w-]+)\)$/, (_, name) => scheme(name));
+    if (Array.isArray(value)) return value.map(looked);
+    return value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, looked(v)])) : value;
+  }
+  function theme() {
+    const axis = { axisLine: { lineStyle: { color: "var(--axis)" } }, axisTick: { lineStyle: { color: "var(--axis)" } }, axisLabel: { color: "var(--axis)" } };
+    return looked({
+      categoryAxis: axis, valueAxis: axis, logAxis: axis,
+      legend: { textStyle: { color: "var(--ink)" }, inactiveColor: "var(--field)", pageTextStyle: { color: "var(--soft)" }, pageIconColor: "var(--accent)", pageIconInactiveColor: "var(--field)" },
+      tooltip: { backgroundColor: "var(--paper)", borderColor: "var(--field)", textStyle: { color: "var(--ink)" } },
+      dataZoom: { borderColor: "var(--field)", backgroundColor: "var(--paper)", textStyle: { color: "var(--soft)" } },
+    });
+  }
+
   const charts = [];
   for (const source of document.querySelectorAll("script[data-chart]")) {
     const name = source.dataset.chart;
     const data = JSON.parse(source.textContent);
-    const chart = echarts.init(document.getElementById(name));
-    const draw = (view) => chart.setOption(withUnits(structuredClone(data.views[view]), data.units), { notMerge: true });
-    draw(Object.keys(data.views)[0]);
     const select = document.querySelector(`select[data-chart-view="${CSS.escape(name)}"]`);
-    if (select) select.addEventListener("change", () => draw(select.value));
+    const chart = { shown: null };
+    chart.draw = () => {
+      const view = select ? select.value : Object.keys(data.views)[0];
+      chart.shown.setOption(withUnits(looked(data.views[view]), data.units), { notMerge: true });
+    };
+    chart.start = () => {
+      if (chart.shown) chart.shown.dispose();
+      chart.shown = echarts.init(document.getElementById(name), theme());
+      chart.draw();
+    };
+    chart.start();
+    if (select) select.addEventListener("change", chart.draw);
     charts.push(chart);
   }
-  window.addEventListener("resize", () => charts.forEach((chart) => chart.resize()));
+  window.addEventListener("resize", () => charts.forEach((chart) => chart.shown.resize()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.start()));
 
   // The sorting library listens to clicks; the keyboard gets the same.
   for (const heading of document.querySelectorAll("table.sortable thead th")) {

@@ -204,6 +204,28 @@ def test_colours(opened: Browser, mode: str) -> None:
     assert opened.console() == []
 
 
+def test_dark_and_light_can_be_read(opened: Browser) -> None:
+    """What the reader prefers holds for drawing and charts too, and every text keeps its contrast."""
+    paper = "return getComputedStyle(document.querySelector('#step .stage')).backgroundColor"
+    box = "return document.querySelector('#step-drawing g.box path').getAttribute('fill')"
+    axis = """const chart = echarts.getInstanceByDom(document.querySelector("#cost .chart"));
+        return chart.getOption().xAxis[0].axisLabel.color"""
+    found = {}
+    opened.find("button[aria-label='Open stem']").click()
+    opened.find(f"#{next(i for i in boxes(opened) if i[0] == 'n')}").click()
+    try:
+        for scheme in ("light", "dark"):
+            opened.prefer(scheme)
+            for mode in ("technique", "energy"):
+                opened.find(f"#step-colour option[value={mode}]").click()
+                assert opened.faint() == [], (scheme, mode)
+            found[scheme] = {opened.run(paper), opened.run(box), opened.run(axis)}
+    finally:
+        opened.prefer("")
+    assert len(found["light"] | found["dark"]) == 6
+    assert opened.console() == []
+
+
 def test_a_hostile_name_is_a_name(opened: Browser) -> None:
     assert any(label.startswith("</script><script>") for label in boxes(opened).values())
     opened.find("#step-search").send_keys("hacked=2", ENTER)

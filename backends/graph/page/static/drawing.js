@@ -8,22 +8,29 @@ E2Step.COLOUR = {
     data: "#9c755f", forward: "#4e79a7", loss: "#bab0ac", dx: "#f28e2b", dw: "#e15759", backward: "#76b7b2", update: "#59a14f",
   },
 };
-E2Step.EDGE = {
-  data: "#9c755f", value: "#3e4c59", gate: "#d9730d", saved: "#b8c4d0", gradient: "#b4373a", update: "#3f8f4f",
+// A colour of the page's scheme, light or dark; when that changes, what is known is forgotten and the drawing made anew.
+E2Step.known = new Map();
+E2Step.scheme = (name) => {
+  if (!E2Step.known.has(name)) E2Step.known.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return E2Step.known.get(name);
 };
-const HEAT = [[255, 250, 240], [254, 217, 160], [253, 174, 97], [232, 103, 57]];
 const MOST_BOXES = 500;
 const BAR_PX = 104;
 
+const channels = (colour) => {
+  const digits = colour.length === 4 ? [...colour.slice(1)].map((digit) => digit + digit).join("") : colour.slice(1);
+  return [0, 2, 4].map((at) => parseInt(digits.slice(at, at + 2), 16));
+};
+const mixed = (from, to, share) => {
+  const other = channels(to);
+  return `#${channels(from).map((part, i) => Math.round(part + (other[i] - part) * share).toString(16).padStart(2, "0")).join("")}`;
+};
 E2Step.heat = (share) => {
-  const at = Math.sqrt(Math.min(1, Math.max(0, share))) * (HEAT.length - 1), low = Math.min(HEAT.length - 2, Math.floor(at));
-  const mix = HEAT[low].map((from, i) => Math.round(from + (HEAT[low + 1][i] - from) * (at - low)));
-  return `#${mix.map((part) => part.toString(16).padStart(2, "0")).join("")}`;
+  const ramp = E2Step.scheme("heat").split(/\s+/);
+  const at = Math.sqrt(Math.min(1, Math.max(0, share))) * (ramp.length - 1), low = Math.min(ramp.length - 2, Math.floor(at));
+  return mixed(ramp[low], ramp[low + 1], at - low);
 };
-E2Step.tint = (colour) => {
-  const parts = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
-  return `#${parts.map((part) => Math.round(part + (255 - part) * 0.78).toString(16).padStart(2, "0")).join("")}`;
-};
+E2Step.tint = (colour) => mixed(colour, E2Step.scheme("box"), 0.78);
 const escapeLabel = (text) =>
   text.replace(/[\u0000-\u001f]/g, " ").replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
 // Browsers without Helvetica draw letters wider than Graphviz measures them.
@@ -101,7 +108,7 @@ E2Step.Drawing = class {
     const graph = {
       directed: true, name: "step",
       graphAttributes: { rankdir: "TB", nodesep: 0.16, ranksep: 0.28, bgcolor: "transparent", fontname: "Helvetica", pad: 0.15, newrank: true },
-      nodeAttributes: { shape: "box", style: "rounded,filled", fillcolor: "#ffffff", color: "#9fb3c8", fontname: "Helvetica", fontsize: 10, fontcolor: "#1f2933", margin: "0.09,0.05", height: 0.3 },
+      nodeAttributes: { shape: "box", style: "rounded,filled", fillcolor: E2Step.scheme("box"), color: E2Step.scheme("box-line"), fontname: "Helvetica", fontsize: 10, fontcolor: E2Step.scheme("ink"), margin: "0.09,0.05", height: 0.3 },
       edgeAttributes: { arrowsize: 0.5, penwidth: 1 },
       nodes: [], edges: [], subgraphs: [],
     };
@@ -121,16 +128,16 @@ E2Step.Drawing = class {
     const columns = {}, clusters = new Map();
     for (const column of "fbu") {
       columns[column] = { name: `cluster_${column}`, nodes: [], subgraphs: [], graphAttributes: {
-        label: E2Step.COLUMNS[column], labeljust: "l", fontname: "Helvetica", fontsize: 12, fontcolor: "#616e7c", style: "rounded,filled",
-        fillcolor: "#f8fafc", color: "#e4e7eb", class: "column", margin: 10 } };
+        label: E2Step.COLUMNS[column], labeljust: "l", fontname: "Helvetica", fontsize: 12, fontcolor: E2Step.scheme("soft"), style: "rounded,filled",
+        fillcolor: E2Step.scheme("column"), color: E2Step.scheme("line"), class: "column", margin: 10 } };
     }
     const clusterOf = (group, column) => {
       if (group.id === 0) return columns[column];
       const key = `g${group.id}${column}`;
       if (!clusters.has(key)) {
         const made = { name: `cluster_${key}`, nodes: [], subgraphs: [], graphAttributes: {
-          id: `c_${key}`, class: "open", label: E2Step.clip(this._text(group.name), 40), labeljust: "l", fontname: "Helvetica", fontsize: 10, fontcolor: "#486581",
-          style: "rounded,filled", fillcolor: "#ffffff", color: "#bcccdc", margin: 7, tooltip: "double-click to close" } };
+          id: `c_${key}`, class: "open", label: E2Step.clip(this._text(group.name), 40), labeljust: "l", fontname: "Helvetica", fontsize: 10, fontcolor: E2Step.scheme("frame-ink"),
+          style: "rounded,filled", fillcolor: E2Step.scheme("paper"), color: E2Step.scheme("frame-line"), margin: 7, tooltip: "double-click to close" } };
         clusters.set(key, made);
         clusterOf(group.parent, column).subgraphs.push(made);
       }
@@ -159,13 +166,18 @@ E2Step.Drawing = class {
     const lines = [E2Step.clip(node.short, 34)];
     if (node.tag) lines.push(node.tag);
     if (node.type && node.type !== "()") lines.push(E2Step.clip(node.type, 34));
-    const small = (text) => `<FONT POINT-SIZE="8" COLOR="#616e7c">${roomy(text)}</FONT>`;
+    const small = (text) => `<FONT POINT-SIZE="8" COLOR="${this._soft()}">${roomy(text)}</FONT>`;
     const html = [roomy(lines[0]), ...lines.slice(1).map(small)].join("<BR/>");
     return { ...common, ...fill, tooltip: " ", label: { html } };
   }
 
+  get _heats() { return this.colour === "energy" || this.colour === "time"; }
+
+  // Small print in a box; on the hot end of the scale only the full ink can be read.
+  _soft() { return E2Step.scheme(this._heats ? "ink" : "soft"); }
+
   _fill(box, totals) {
-    if (this.colour === "energy" || this.colour === "time") {
+    if (this._heats) {
       const most = this.largest[this.colour];
       return { fillcolor: E2Step.heat(most ? totals[this.colour] / most : 0) };
     }
@@ -188,7 +200,7 @@ E2Step.Drawing = class {
       cells = `<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>${cells}</TR></TABLE></TD></TR>`;
     }
     return `<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR><TD ALIGN="LEFT"><B>${name}</B></TD></TR>` +
-      `<TR><TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="#52606d">${escapeLabel(detail)}</FONT></TD></TR>${cells}</TABLE>`;
+      `<TR><TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="${this._soft()}">${escapeLabel(detail)}</FONT></TD></TR>${cells}</TABLE>`;
   }
 
   // Invisible edges that put forward, backward and update of a module side by side, in this order.
@@ -211,7 +223,7 @@ E2Step.Drawing = class {
 
   // Gradients flow up beside the values they belong to: laid out against their direction, drawn along it.
   _draw(graph, edge) {
-    const attributes = { color: E2Step.EDGE[edge.kind], class: `edge ${edge.kind}`, id: `e_${edge.from}_${edge.to}`, tooltip: " " };
+    const attributes = { color: E2Step.scheme(`edge-${edge.kind}`), class: `edge ${edge.kind}`, id: `e_${edge.from}_${edge.to}`, tooltip: " " };
     if (edge.count > 1) attributes.penwidth = Math.min(3, 1 + Math.log10(edge.count));
     if (edge.kind === "saved") {
       if (!this.showSaved) return;

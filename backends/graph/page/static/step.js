@@ -141,6 +141,7 @@
   canvas.addEventListener("dblclick", (event) => { const hit = hitOf(event.target); if (hit?.group) act.toggle(hit.group); });
   canvas.addEventListener("wheel", (event) => zoom.zoomWithWheel(event), { passive: false });
 
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { E2Step.known.clear(); draw({}); });
   if (!model.data.changes.length) $("colour").querySelector("[value=change]").remove();
   $("colour").addEventListener("change", (event) => { drawing.colour = event.target.value; draw({}); });
   $("saved").addEventListener("change", (event) => { drawing.showSaved = event.target.checked; draw({}); });
