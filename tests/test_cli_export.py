@@ -21,6 +21,24 @@ class Block(nn.Module):
     def forward(self, x):
         return x + self.layer(x)
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head(self.block(x).unflatten(1, (2, 3)))
+
+class OwnLoss(Words):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+def words():
+    return Words()
+
+def own_loss():
+    return OwnLoss()
+
 def net():
     return nn.Sequential(nn.Linear(6, 6), Block(), Block(), nn.Linear(6, 3))
 """
@@ -65,6 +83,17 @@ def test_page_and_onnx(model: str, tmp_path: Path) -> None:
     assert any(output.name.endswith(".exp_avg_sq") for output in step.graph.output)
 
 
+def test_a_target_is_only_needed_where_the_model_does_not_tell_it(model: str, tmp_path: Path) -> None:
+    """Labels for every place of a sequence, and none for a model that returns its loss."""
+    for build, names in (("words", {"x", "target"}), ("own_loss", {"x"})):
+        out = tmp_path / f"{build}.onnx"
+        done = export(model.replace(":net", f":{build}"), "onnx-train", out, "--config", "slu")
+        assert done.exit_code == 0, done.output
+        inputs = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in onnx.load(out).graph.input}
+        assert names <= set(inputs)
+        assert inputs.get("target") == ([4, 2] if build == "words" else None)
+
+
 def test_bad_options_get_one_line_and_leave_nothing(model: str, tmp_path: Path) -> None:
     done = export(model, "tensorflow", tmp_path / "m")
     assert done.exit_code == 2
@@ -75,5 +104,11 @@ def test_bad_options_get_one_line_and_leave_nothing(model: str, tmp_path: Path) 
     done = export(model, "zigzag", tmp_path / "m", "--lr", "0.1")
     assert done.exit_code == 2
     assert "--lr does nothing for --to zigzag; it is for onnx-train" in done.stderr
+    done = export(model, "onnx-train", tmp_path / "m", "--config", "slu", "--target", "5:int64")
+    assert done.exit_code == 2
+    assert "cross-entropy takes no output of shape [4, 3] with a target of shape [5]" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = export(model, "onnx-inference", tmp_path / "m", "--checkpoint", model.partition(":")[0])
+    assert "is no state dict that torch.save wrote (" in done.stderr
     assert export(model, "dot", tmp_path / "none" / "m").exit_code == 2
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("m") and p.suffix != ".py"] == []

@@ -61,7 +61,8 @@ def checkpoint_into(module: E2Module, checkpoint: Mapping[str, Any] | str | Path
         try:
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{checkpoint} is no checkpoint of torch.save: {first_line(error)}") from None
+            # The loader's own words are about how to trust a file that runs code.
+            raise InputError(f"{checkpoint} is no state dict that torch.save wrote ({type(error).__name__})") from error
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"a checkpoint is what state_dict() returned, not a {type(checkpoint).__name__}")
     twin = copy.deepcopy(module)

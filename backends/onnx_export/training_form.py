@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from e2pass.backends.onnx_export.decompositions import IN_PLACE
+from e2pass.backends.onnx_export.files import first_line
 from e2pass.backends.onnx_export.opaque import Body, MergeWhole, RunBody
 from e2pass.backends.onnx_export.update import Update, state_tensors
 from e2pass.errors import ExportError, InputError, LoweringError
@@ -257,12 +258,23 @@ class TrainingForm:
             if leaves[0].dim():
                 raise InputError("give a target: the model does not return its loss")
             return leaves[0]
-        if self.loss is not None:
-            return self.loss(output, target)
-        scores, labels = leaves[0], target
-        if scores.dim() == 3:  # (B, T, classes): the classes come last
-            scores, labels = scores.flatten(0, 1), labels.flatten()
-        return nn.functional.cross_entropy(scores, labels)
+        try:
+            found = _cross_entropy(leaves[0], target) if self.loss is None else self.loss(output, target)
+        except Exception as error:
+            raise InputError(
+                f"{'cross-entropy' if self.loss is None else 'the loss'} takes no output of shape "
+                f"{list(leaves[0].shape)} with a target of shape {list(target.shape)} and type {target.dtype}: "
+                f"{first_line(error)}"
+            ) from error
+        if found.dim():
+            raise InputError(f"the loss is of shape {list(found.shape)}; it must be one number, such as a mean")
+        return found
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    if scores.dim() == 3:  # (B, T, classes): the classes come last
+        scores, labels = scores.flatten(0, 1), labels.flatten()
+    return nn.functional.cross_entropy(scores, labels)
 
 
 class _Swapped:

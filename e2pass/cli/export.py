@@ -26,6 +26,15 @@ MEANT_FOR = {
     "--lr": ("onnx-train",),
 }
 """Options that only some formats have."""
+NEXT = {
+    "onnx-annotated": "Netron shows cost and tag of each operation; the file is to be looked at, it does not run",
+    "zigzag": "it is a workload for ZigZag, each layer at its true widths",
+    "scalesim": "SCALE-Sim simulates it: python -m scalesim.scale -t {out} -l LAYOUT -c CONFIG -i gemm",
+    "model-explorer": "it colours the nodes of the file that --to onnx-annotated writes for the same model",
+    "dot": "dot -Tsvg {out} -o step.svg draws it; --to html is the page for large models",
+    "html": "open it in a browser",
+}
+"""What to do with the file."""
 
 
 def export(
@@ -43,7 +52,8 @@ def export(
     ] = None,
     masked: Annotated[bool, typer.Option("--masked", help="onnx-inference without control flow")] = False,
     target: Annotated[
-        str | None, typer.Option(metavar="DIMS[:DTYPE]", help="onnx-train: the labels; default one class a sample")
+        str | None,
+        typer.Option(metavar="DIMS[:DTYPE]", help="onnx-train: labels; default those of cross-entropy"),
     ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help=f"onnx-train: {' | '.join(OPTIMIZERS)}; default sgd_momentum")
@@ -76,14 +86,14 @@ def export(
             from e2pass.backends.onnx_export import export_training
 
             made = _optimizer(t, optimizer or "sgd_momentum", 0.1 if lr is None else lr)
-            export_training(t, inputs, _labels(inputs, target), out, optimizer=made, checkpoint=checkpoint)
+            export_training(t, inputs, _target(t, target), out, optimizer=made, checkpoint=checkpoint)
         else:
             _write_graph(t, to, out)
         typer.echo(f"wrote {out}")
         if to in MEANT_FOR["--checkpoint"] and checkpoint is None:
             typer.echo(f"its weights are those that {model} starts with; --checkpoint FILE gives it trained ones")
-        if to == "model-explorer":
-            typer.echo("it colours the nodes of the file that --to onnx-annotated writes for the same model")
+        if to in NEXT:
+            typer.echo(NEXT[to].format(out=out))
 
 
 def _refuse_foreign(to: str, given: dict[str, Any]) -> None:
@@ -94,19 +104,20 @@ def _refuse_foreign(to: str, given: dict[str, Any]) -> None:
             raise InputError(f"{option} does nothing for --to {to}; it is for {' and '.join(MEANT_FOR[option])}")
 
 
-def _labels(inputs: Any, target: str | None) -> torch.Tensor:
+def _target(t: Transformed, given: str | None) -> torch.Tensor | None:
+    """What the loss gets beside the output: as given, or the labels of cross-entropy; None if the output is a loss."""
     import torch
 
     from e2pass.cli.target import parse_inputs
     from e2pass.errors import InputError
-    from e2pass.inputs import Inputs
 
-    if target is None:
-        return torch.zeros(Inputs.of(inputs).batch_size, dtype=torch.int64)
-    labels = parse_inputs([target])
-    if not isinstance(labels, torch.Tensor):
-        raise InputError(f"--target {target!r} has a name; give DIMS[:DTYPE] alone")
-    return labels
+    if given is None:
+        labels = "data/loss-target"
+        return torch.zeros(t.graph[labels].outputs[0].shape, dtype=torch.int64) if labels in t.graph else None
+    parsed = parse_inputs([given])
+    if not isinstance(parsed, torch.Tensor):
+        raise InputError(f"--target {given!r} has a name; give DIMS[:DTYPE] alone")
+    return parsed
 
 
 def _optimizer(t: Transformed, name: str, lr: float) -> torch.optim.Optimizer:
