@@ -148,13 +148,14 @@ def print_diff(changes: GraphDiff, console: Console, most: int | None = None) ->
     """Print the changes one by one, ``most`` of each kind, and last a summary: what is printed last stays in sight."""
     from rich.table import Table
 
-    table = Table(title=f"changes by kind: {changes.counts}")
+    table = Table(title="changes by kind")
     for heading in ("change", "what", "operations"):
         table.add_column(heading, justify="right" if heading == "operations" else "left")
     for change, what, count in changes.summary():
         table.add_row(*_plain(change, what, count))
     console.print(changes.to_text(most), markup=False, highlight=False, soft_wrap=True, end="")
     console.print(table)
+    console.print(changes.counts, highlight=False)
     if most is not None and max(map(len, (changes.added, changes.removed, changes.replaced))) > most:
         console.print("--all prints every change; --block, --region, --tag and --path choose a part", highlight=False)
 

@@ -114,7 +114,7 @@ def _changes(old: GraphNode, new: GraphNode) -> Iterator[str]:
     if _types(old) != _types(new):
         yield f"type {_types(old)} -> {_types(new)}"
     if old.tag != new.tag:
-        yield f"tag {old.tag or 'none'} -> {new.tag or 'none'}"
+        yield f"tag {new.tag or 'none'} instead of {old.tag or 'none'}"
     if old.gate != new.gate:
         yield _gating(old.gate, new.gate)
     lost = [f"%{name}" for name in old.operands if name not in new.operands]
