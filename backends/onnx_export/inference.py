@@ -130,7 +130,7 @@ def _compiled_at(runner: RegionRunner, batch: int) -> CompiledRegion | None:
 
 def _trace(form: InferenceForm, tensors: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(form, tensors, dynamic_shapes=(shapes,), strict=False)
+        return torch.export.export(form.root(), tensors, dynamic_shapes=(shapes,), strict=False)
     except ExportError:
         raise
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,35 +19,32 @@ from e2pass.runtime.region import CompiledRegion
 from e2pass.runtime.runner import LoweringCache, RegionRunner
 
 
-class InferenceForm(nn.Module):
+class InferenceForm:
     """Executes the evaluation plan of a copy of a transformed model without a look at any value.
 
-    The lowered form of each region is chosen beforehand (``prepare``): lowering inside a trace is not possible. The
-    registries are the copy's own, so every parameter has the name it has in the model.
+    The lowered form of each region is chosen beforehand (``prepare``): lowering inside a trace is not possible.
+
+    Attributes:
+        twin: The copy.
+        masked: Whether every block is computed, and multiplied by its gate's decision.
+        compiled: The lowered form of each region, None where it runs as it is.
+        bodies: The regions that are skipped.
     """
 
     def __init__(self, module: E2Module, masked: bool) -> None:
-        super().__init__()
-        self.training = False
-        twin = copy.deepcopy(module).eval()
-        object.__setattr__(self, "_twin", twin)
-        for registry in ("_modules", "_parameters", "_buffers"):
-            self.__dict__[registry] = twin.__dict__[registry]
-        self.__dict__["_non_persistent_buffers_set"] = twin._non_persistent_buffers_set
+        self.twin = copy.deepcopy(module).eval()
         self.masked = masked
         self.compiled: dict[str, CompiledRegion | None] = {}
         self.bodies: dict[str, Body] = {}
         self._own_runners: dict[str, RegionRunner] = {}
         self._preparing = False
-        if twin.e2_slu is not None:
+        if self.twin.e2_slu is not None:
             # Counting decisions would become an output of the exported graph.
-            object.__setattr__(twin.e2_slu, "_record", _nothing)
+            object.__setattr__(self.twin.e2_slu, "_record", _nothing)
 
-    @property
-    def twin(self) -> E2Module:
-        """The copy whose registries these are."""
-        twin: E2Module = self._twin  # type: ignore[assignment]
-        return twin
+    def root(self) -> nn.Module:
+        """A module whose ``forward`` is ``run``, and whose parameters and buffers have their names in the model."""
+        return _Root(self.twin, self.run)
 
     @property
     def plan(self) -> Plan:
@@ -65,7 +62,7 @@ class InferenceForm(nn.Module):
         leaves = pytree.tree_flatten_with_path(output)[0]
         return [(_identifier(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run on one tensor per input of the plan; returns the tensors in the model's output."""
         return tuple(leaf for leaf in pytree.tree_leaves(self._execute(tensors)) if isinstance(leaf, Tensor))
 
@@ -153,6 +150,17 @@ class InferenceForm(nn.Module):
             return self.runner(region.name).lower(region.specs, 2).graph.nodes
         except LoweringError:
             return ()
+
+
+class _Root(nn.Module):
+    """Shares the registries of a model, so that no name of its own can stand in the way of a child's."""
+
+    def __init__(self, twin: nn.Module, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.training = False
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = twin.__dict__[registry]
+        object.__setattr__(self, "forward", run)
 
 
 def _batch(region: Region, inputs: Sequence[Tensor]) -> int:

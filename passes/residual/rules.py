@@ -80,9 +80,9 @@ def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = ()) -> Ca
     _check_scale(dag, tree, split)
     scales = _hourglass(dag, split, body, merges)
     refusal = _no_layer(dag, body) or _all_linear(dag, body) or scales or _loose_skip(dag, tree, split, body)
-    rows = _rows(dag, split)
-    reservation = rows or _skip_path(split) or _scaled(dag, tree)
-    return Candidate(tree, split, body, refusal, reservation, possible=not rows, merges_scales=bool(scales))
+    obstacle = _rows(dag, split) or _scaled(dag, tree)
+    reservation = obstacle or _skip_path(split)
+    return Candidate(tree, split, body, refusal, reservation, possible=not obstacle, merges_scales=bool(scales))
 
 
 def split_operands(dag: ActivationDag, tree: AddTree) -> Split:

@@ -289,6 +289,24 @@ def test_one_example_sample_is_enough_for_any_batch(tmp_path: Path) -> None:
     assert check_inference(path, t, torch.randn(9, 12)) <= TOLERANCE
 
 
+class Named(nn.Module):
+    """Its children have the names that an exporter might use for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies, self.compiled, self.plan, self.run = (vector_residual(12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self.plan(self.compiled(self.bodies(x))))
+
+
+def test_any_name_of_a_module_will_do(tmp_path: Path) -> None:
+    inputs = torch.randn(4, 12)
+    t = e2pass.transform(Named(), inputs, config="slu")
+    path = export_inference(t, inputs, tmp_path / "m.onnx")
+    assert check_inference(path, t, inputs) <= TOLERANCE
+
+
 class Eigenvalues(nn.Module):
     """``torch.linalg.eigvalsh`` has no ONNX form."""
 

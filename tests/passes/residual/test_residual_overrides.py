@@ -102,6 +102,12 @@ def test_include_rows_that_are_not_samples() -> None:
         search(graph_module, include=["f"])
 
 
+def test_include_a_scaled_body() -> None:
+    graph_module = traced(Fn(lambda m, x: torch.add(x, m.f(x), alpha=0.5), f=mlp(8)), torch.randn(2, 8))
+    with pytest.raises(ConfigError, match="'f' cannot be skipped: its addition scales the body by alpha=0.5"):
+        search(graph_module, include=["f"])
+
+
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_unknown_name_lists_close_matches(stages: fx.GraphModule, option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option}: .*'0.unit3.body'; close matches are .*'0.unit1.body'"):
