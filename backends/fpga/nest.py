@@ -153,12 +153,12 @@ class Nest:
         """Sizes of the two output dimensions that an output-stationary array spreads over its axes.
 
         The first is the one that the first operand read has and the second lacks: positions for outputs and input
-        gradients, weight positions of an output channel for weight gradients.
+        gradients, there those that any output meets; weight positions of an output channel for weight gradients.
         """
         if self.writes == "y":
             return self.b * self.positions, self.k
         if self.writes == "x":
-            return self.b * math.prod(v.size for v in self.windows), self.c
+            return self.b * math.prod(v.touched for v in self.windows), self.c
         return self.c * self.taps, self.k
 
 

@@ -240,10 +240,10 @@ class _Space:
         whole = fixed + nest.b * single <= size_bytes
         largest = np.floor((size_bytes - fixed) / np.maximum(double, 1e-9))
         batch = np.where(whole, nest.b, np.minimum(largest, nest.b - 1))
-        at_once: Any = {
-            "y": batch * self.positions, "x": batch * self.reach, "w": self.c * math.prod(self.taps),
-        }[nest.writes]  # fmt: skip
-        fits = np.broadcast_to((batch >= 1) & (at_once >= min(nest.parallel[0], self.spread.first)), self.shape)
+        at_once = self._at_once(batch)
+        # Cut kernels hold fewer positions than whole ones: the most that these tiles can hold will do.
+        wanted = min(nest.parallel[0], self.spread.first, int(np.max(self._at_once(nest.b))))
+        fits = np.broadcast_to((batch >= 1) & (at_once >= wanted), self.shape)
         trips_b = np.ceil(nest.b / np.maximum(batch, 1))
         trips = {**self.trips, "w": self.trips["w"] * trips_b}
         anew: dict[Name, Grid] = {n: self._grid(self._fetched(n, ()) * trips[n]) for n in NAMES}
@@ -252,6 +252,13 @@ class _Space:
         crossing = edge_bytes(nest, moved, self.accumulator_bits)
         inside = edge_bytes(nest, {nest.writes: partial}, self.accumulator_bits)
         return _Room(stay, fits, self._grid(np.ceil(nest.b / trips_b)), moved, partial, crossing, inside)
+
+    def _at_once(self, batch: Any) -> Any:
+        """Elements of the first dimension that the array spreads, in a tile of ``batch`` samples."""
+        sizes: dict[Name, Any] = {
+            "y": batch * self.positions, "x": batch * self.reach, "w": self.c * math.prod(self.taps),
+        }  # fmt: skip
+        return sizes[self.nest.writes]
 
     def _room(self, stay: Stay) -> tuple[Any, Any, Any]:
         """Bytes whatever the batch tile is, and for each of its samples: with a whole batch, and with a cut one."""

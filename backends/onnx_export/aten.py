@@ -137,6 +137,7 @@ def translate(graph: fx.GraphModule, model: ir.Model, into: ir.Graph | ir.Functi
     for i, value in enumerate(into.outputs):  # an output that is an input, or given twice, is a copy of its own
         if value in seen:
             copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
             into.append(copy)
             into.outputs[i] = copy.outputs[0]
         seen.add(into.outputs[i])

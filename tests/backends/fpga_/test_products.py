@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,6 +76,7 @@ def test_convolution_macs_equal_torch(shape: dict[str, Any], x_grad: bool, w_gra
 
 @settings(max_examples=20)
 @given(convolutions(), st.sampled_from([2, 3, 6]))
+@example(dict(n=1, c=6, o=6, size=(5,), kernel=(1,), stride=2, padding=0, dilation=1, transposed=False), 2)
 def test_grouped_convolution_macs_are_those_of_its_groups(shape: dict[str, Any], groups: int) -> None:
     """The counter is wrong for the weight gradient of a grouped convolution, so it counts each group alone."""
     sites, expected = run(shape, groups, True, True)
