@@ -104,7 +104,7 @@ def test_include_rows_that_are_not_samples() -> None:
 
 def test_include_a_scaled_body() -> None:
     graph_module = traced(Fn(lambda m, x: torch.add(x, m.f(x), alpha=0.5), f=mlp(8)), torch.randn(2, 8))
-    with pytest.raises(ConfigError, match="'f' cannot be skipped: its addition scales the body by alpha=0.5"):
+    with pytest.raises(ConfigError, match=r"'f' cannot be skipped: .* alpha=0\.5"):
         search(graph_module, include=["f"])
 
 
