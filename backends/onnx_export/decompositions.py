@@ -252,6 +252,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_batch_norm_legit_functional.default: batch_norm,
     # The exporter's translation of this one gives a total weight of 1, whatever the batch.
     aten.nll_loss_forward.default: torch._decomp.decomposition_table[aten.nll_loss_forward.default],
+    # This one is translated to a function of the exporter's own domain.
+    aten.addcmul.default: torch._decomp.decomposition_table[aten.addcmul.default],
     aten.lerp.Tensor: lerp,
     aten.lerp.Scalar: lerp,
     aten.split.Tensor: split,
