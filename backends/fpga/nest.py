@@ -158,7 +158,8 @@ class Nest:
         if self.writes == "y":
             return self.b * self.positions, self.k
         if self.writes == "x":
-            return self.b * math.prod(v.touched for v in self.windows), self.c
+            met = math.prod(v.touched for v in self.windows)
+            return self.b * max(met, 1), self.c  # none where every output lies in the padding
         return self.c * self.taps, self.k
 
 

@@ -15,8 +15,10 @@ closed form:
 What is replaced while the nest runs needs its room twice (double buffering). Traffic never grows with a tile, so
 for given tiles of all other loops the largest batch tile that fits is best, and of all tile sizes that take the same
 number of trips the smallest: the search runs over those alone, at once in numpy, and still finds the optimum of all
-tile sizes, orders of the groups and choices of what stays. Kernels are cut only where nothing else fits. A tile holds
-at least what the array works on at once, in whole rounds of the axis that the second output dimension is spread over.
+tile sizes, orders of the groups and choices of what stays. (Positions of a dilated window are the exception: all
+sizes are tried up to 16 of them, beyond that equal tiles may fetch some overlap more than the best.) Kernels are cut
+only where nothing else fits. A tile holds at least what the array works on at once, in whole rounds of the axis that
+the second output dimension is spread over.
 """
 
 from __future__ import annotations
@@ -222,7 +224,7 @@ class _Space:
         axes = 2 + len(nest.windows)
         rounds_k, rounds_c = (1, spread.second) if nest.writes == "x" else (spread.second, 1)
         self.k, self.c = _axis(_rounds(nest.k, rounds_k), 0, axes), _axis(_rounds(nest.c, rounds_c), 1, axes)
-        self.outs = [_axis(_splits(v.out), 2 + i, axes) for i, v in enumerate(nest.windows)]
+        self.outs = [_axis(_outs(v), 2 + i, axes) for i, v in enumerate(nest.windows)]
         self.taps = [v.kernel if whole_kernels else 1 for v in nest.windows]
         self.shape = np.broadcast_shapes(self.k.shape, self.c.shape, *(o.shape for o in self.outs))
         trips_f = math.prod(math.ceil(v.kernel / t) for v, t in zip(nest.windows, self.taps, strict=True))
@@ -316,6 +318,19 @@ class _Space:
 def _rounds(size: int, axis: int) -> npt.NDArray[np.int64]:
     """Tile sizes in whole rounds of an axis of the array."""
     return np.minimum(_splits(math.ceil(size / axis)) * axis, size)
+
+
+FEW = 16
+"""Output positions of a dilated window up to which every tile size is tried."""
+
+
+def _outs(window: Window) -> npt.NDArray[np.int64]:
+    """Tile sizes of the output positions.
+
+    Under dilation a tile has gaps that its neighbours meet, so that unequal tiles can fetch less than equal ones.
+    """
+    every = window.dilation > 1 and window.out <= FEW
+    return np.arange(1, window.out + 1) if every else _splits(window.out)
 
 
 def _axis(values: npt.NDArray[np.int64], position: int, axes: int) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from e2pass.backends.fpga import FpgaCostModel, Product
@@ -151,6 +151,8 @@ def nests(draw: st.DrawFn, most: int = 4) -> Nest:
 
 @settings(max_examples=40, deadline=None)
 @given(nests(), st.floats(0.1, 0.8), st.sampled_from([(100.0, 1.0), (1.0, 1.0)]))
+@example(Nest(1, 4, 6, (Window(4, 2, 1, 2, 0, 6),), 1, "x", 32, 4, 32), 0.5, (1.0, 1.0))
+@example(Nest(1, 1, 1, (Window(2, 1, 2, 1, 1, 1),), 1, "x", 4, 4, 4), 0.5, (100.0, 1.0))
 def test_equals_exhaustive_search_on_small_nests(nest: Nest, share: float, prices: tuple[float, float]) -> None:
     """With room for a share of the three tensors."""
     size_bytes = share * sum(nest.elements(n) * nest.bits(n) / 8 for n in NAMES)
