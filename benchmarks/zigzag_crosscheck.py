@@ -422,7 +422,7 @@ def page(found: list[Row], effort: int, *, timed: bool) -> str:
         the 12 columns with input channels, where ours fills 12 in all rounds but the last and shares operands better.
 
         The dX of a strided convolution is compared as the dense convolutions of its sub-grids: ZigZag cannot let the
-        output slide. Time is not compared.
+        output slide. Modelled time is not compared.
 """
     header = "network | convolution | phase | times | MACs | MB off chip, ours | same freedom | ZigZag | "
     header += "energy, same freedom | ours" + " | faster" * timed
