@@ -1,7 +1,7 @@
 """SLU on CIFAR-10 with ResNet-20: learned gates beside stochastic depth and plain training.
 
-    python benchmarks/slu_cifar.py --data cifar10_jpeg.npz --out runs/slu --run learned-40
-    python benchmarks/slu_cifar.py --out runs/slu --table        # what is there, as the table of docs/slu.md
+    python -m benchmarks.slu_cifar --data cifar10_jpeg.npz --out runs/slu --run learned-40
+    python -m benchmarks.slu_cifar --out runs/slu --table        # what is there, as the table of docs/slu.md
 
 A run is ``plain``, ``learned-P`` or ``random-P`` (stochastic depth with constant survival), P the target skip ratio in
 percent; ``--out`` gets RUN.json, written after each epoch, and RUN.pt, from which a run that was stopped goes on.
@@ -12,14 +12,10 @@ percent; ``--out`` gets RUN.json, written after each epoch, and RUN.pt, from whi
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import e2pass
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the file also runs as a script
-
 from benchmarks import cifar
 from benchmarks.cifar import LR, WEIGHT_DECAY, Data
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What ``GateCell`` takes, in its order."""
+
 
 class GateCell(torch.autograd.Function):
     """``head(h')``, ``h'`` and ``c'`` with ``h', c' = lstm_cell(embed(pooled), (h, c))``, one column a sample.
@@ -37,8 +40,8 @@ class GateCell(torch.autograd.Function):
         head_b: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logit, h' and c'."""
-        inputs = (pooled, h, c, embed, w_ih, w_hh, bias, head_w, head_b)
-        (logit, h_new, c_new), saved = _compute(*inputs)
+        inputs: Inputs = (pooled, h, c, embed, w_ih, w_hh, bias, head_w, head_b)
+        (logit, h_new, c_new), saved = _compute(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, h_new, *saved)
         return logit, h_new, c_new
@@ -77,18 +80,9 @@ class GateCell(torch.autograd.Function):
         )
 
 
-def _compute(
-    pooled: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    embed: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    bias: Tensor,
-    head_w: Tensor,
-    head_b: Tensor,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+def _compute(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """Return the results, and what backward needs."""
+    pooled, h, c, embed, w_ih, w_hh, bias, head_w, head_b = inputs
     embedded = embed @ pooled.t()
     z = torch.addmm(bias.unsqueeze(1), w_ih, embedded)
     if h is not None:
@@ -103,8 +97,8 @@ def _compute(
     return (logit, h_new, c_new), (embedded, gates, new, squashed)
 
 
-def _differentiable(inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
-    results, _ = _compute(*inputs)  # type: ignore[arg-type]
+def _differentiable(inputs: Inputs, grads: tuple[Tensor | None, ...]) -> Any:
+    results, _ = _compute(inputs)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     outputs, given = [r for r, _ in pairs], [g for _, g in pairs]
