@@ -1,6 +1,6 @@
 """How long the training graph of ResNet-110 takes: to build, to write, and to open and walk through in a browser.
 
-    python benchmarks/graph_page.py [--depth 110] [--batch 32] [--out graph_page.html]
+    python -m benchmarks.graph_page [--depth 110] [--batch 32] [--out graph_page.html]
 
 Needs Chromium and chromedriver. A page that is there already is only opened again.
 """
