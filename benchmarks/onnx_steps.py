@@ -1,0 +1,258 @@
+"""Single training steps of PyTorch and onnxruntime from the same state, compared."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.onnx_pair import BATCH, Arrays, Pair, other_kernels, session
+from e2pass.backends.onnx_export import training_state
+from tests.backends.onnx_export_.identical import Checker, recorded
+
+STEPS = 20
+
+
+def steps(pair: Pair, folder: Path) -> dict[str, Any]:
+    """Each step from PyTorch's own state; the state stays where it was."""
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    lowered = pair.t.model._executable.cache is not None
+    comparison = GivenCodes(pair, folder) if lowered else FullPrecision(pair)
+    tally = Tally()
+    with pair.put_back():
+        pair.t.model.train()
+        for _ in range(STEPS):
+            where = torch.randint(0, len(pair.y), (BATCH,), generator=generator)
+            other = signs_by_other_kernels(pair, where)
+            found, loss = comparison.step(where)
+            tally.add(pair, found, loss, other)
+        slu = pair.t.stats().get("slu")
+    skip_ratio = slu["skip_ratio"] if slu else None
+    return {"export_cpu_s": pair.export_s, **dataclasses.asdict(tally), **comparison.result(), "skip_ratio": skip_ratio}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What whole steps showed; codes are free.
+
+    Attributes:
+        signs: Elements of gradients.
+        equal: Of them, those whose sign is PyTorch's.
+        equal_by_other_kernels: Those whose sign in PyTorch without oneDNN is that of PyTorch with it.
+        equal_share: ``equal / signs``, and ``equal_share_worst_step`` the smallest of a step.
+        loss_difference: The largest, relative.
+        gate_decisions_apart: Decisions that only one of the two took.
+    """
+
+    signs: int = 0
+    equal: int = 0
+    equal_by_other_kernels: int = 0
+    equal_share: float = 1.0
+    equal_share_worst_step: float = 1.0
+    loss_difference: float = 0.0
+    gate_decisions_apart: int = 0
+
+    def add(self, pair: Pair, found: Arrays, loss: float, other: Arrays) -> None:
+        """Count a step that PyTorch has just done."""
+        signs = {n: np.sign(g) for n, g in gradients(pair.t.model).items()}
+        count = sum(s.size for s in signs.values())
+        same = sum(int((np.sign(found[f"grad.{n}"]) == s).sum()) for n, s in signs.items())
+        self.signs += count
+        self.equal += same
+        self.equal_by_other_kernels += sum(int((other[n] == s).sum()) for n, s in signs.items())
+        self.equal_share = self.equal / self.signs
+        self.equal_share_worst_step = min(self.equal_share_worst_step, same / count)
+        self.loss_difference = max(self.loss_difference, abs(float(found["loss"]) - loss) / loss)
+        slu = pair.t.model.e2_slu
+        if slu is not None:
+            self.gate_decisions_apart += int(np.abs(found["next.e2_slu.opened"] - slu.opened.numpy()).sum())
+
+
+class GivenCodes:
+    """Each step of a model in low precision, and of its halves once more with PyTorch's codes for both."""
+
+    def __init__(self, pair: Pair, folder: Path) -> None:
+        self.pair, self.checker = pair, Checker(folder)
+        self.worst: dict[str, float] = {}
+
+    def step(self, where: Any) -> tuple[Arrays, float]:
+        """One step in both; returns onnxruntime's results and PyTorch's loss."""
+        found = self.pair.onnx_step(where, self.pair.state())
+        with recorded(self.pair.t) as records:
+            loss = self.pair.torch_step(where)
+        self.checker.add(records)
+        raise_to(self.worst, differences(self.pair, found))
+        return found, loss
+
+    def result(self) -> dict[str, Any]:
+        return {"given_codes": dataclasses.asdict(self.checker.found), "differences": self.worst}
+
+
+class FullPrecision:
+    """Each step of a model in full precision; those in which an activation was on the other side of a kink apart."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair, self.kinked = pair, KinksInOnnx(pair.path)
+        self.distances: list[float] = []
+        self.steps = {"without_flips": 0, "with_flips": 0}
+        self.worst: dict[str, dict[str, float]] = {kind: {} for kind in self.steps}
+        self.mismatches = {kind: Mismatches() for kind in self.steps}
+
+    def step(self, where: Any) -> tuple[Arrays, float]:
+        """One step in both; returns onnxruntime's results and PyTorch's loss."""
+        found = self.pair.onnx_step(where, self.pair.state(), self.kinked.session)
+        double = gradients_in_double(self.pair, where)
+        with Kinks() as kinks:
+            loss = self.pair.torch_step(where)
+        flips = self.kinked.flipped(kinks, found)
+        self.distances += flips
+        kind = "with_flips" if flips else "without_flips"
+        self.steps[kind] += 1
+        raise_to(self.worst[kind], differences(self.pair, found))
+        self.mismatches[kind].add(found, gradients(self.pair.t.model), double)
+        return found, loss
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "flipped_activations": len(self.distances),
+            "flip_distance_of_peak": max(self.distances, default=0.0),
+            "differences": self.worst,
+            "unequal_signs": {kind: m.result() for kind, m in self.mismatches.items()},
+        }
+
+
+KINKS: dict[Any, tuple[float, ...]] = {functional.relu: (0.0,), torch.relu: (0.0,), functional.relu6: (0.0, 6.0)}
+
+
+class Kinks(TorchFunctionMode):
+    """Keeps what went into each ReLU or ReLU6, and what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], tuple[float, ...]]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kinks = KINKS.get(function)
+        before = args[0].detach().clone().numpy() if kinks else None
+        result = function(*args, **(kwargs or {}))
+        if kinks and before is not None:
+            self.seen.append((before, result.detach().clone().numpy(), kinks))
+        return result
+
+
+class KinksInOnnx:
+    """The exported step with its activations as further outputs."""
+
+    def __init__(self, path: Path) -> None:
+        model = onnx.load(path)
+        taken = {o.name for o in model.graph.output}
+        self.names = []
+        for node in model.graph.node:
+            if node.op_type in ("Relu", "Clip") or (node.op_type == "If" and node.name.endswith("_Body")):
+                self.names += [name for name in node.output if name not in taken]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)
+        other = path.with_suffix(".kinks.onnx")
+        onnx.save(model, other)
+        self.session = session(other)
+        other.unlink()
+
+    def flipped(self, kinks: Kinks, found: Arrays) -> list[float]:
+        """How far from its kink each activation lies that is on another side than in PyTorch, relative to the peak."""
+        values = [found[name] for name in self.names]
+        distances: list[float] = []
+        for before, after, where in kinks.seen:
+            pairs = [(v, mine) for v in values if v.shape == before.shape for mine in (before, after)]
+            ours, theirs = min(pairs, key=lambda pair: float(np.abs(pair[0] - pair[1]).max()))
+            peak = float(np.abs(ours).max())
+            if float(np.abs(ours - theirs).max()) > 1e-3 * peak:
+                raise RuntimeError(f"no output of the file is the activation of shape {before.shape}")
+            for kink in where:
+                other = (ours > kink) != (theirs > kink)
+                distances += (np.maximum(np.abs(ours - kink), np.abs(theirs - kink))[other] / peak).tolist()
+        return distances
+
+
+class Mismatches:
+    """Signs that differ, beside the gradient in double precision.
+
+    Attributes:
+        of_zero: Those in tensors whose exact gradient is zero: all that PyTorch finds there is rounding error.
+        others: The exact gradient of each other one, relative to the largest one of its tensor.
+    """
+
+    def __init__(self) -> None:
+        self.of_zero = 0
+        self.others: list[float] = []
+
+    def add(self, found: Arrays, single: Arrays, exact: Arrays) -> None:
+        for name, gradient in single.items():
+            wrong = np.sign(found[f"grad.{name}"]) != np.sign(gradient)
+            peak = float(np.abs(exact[name]).max())
+            if peak < 1e-3 * float(np.abs(gradient).max()):
+                self.of_zero += int(wrong.sum())
+            else:
+                self.others += (np.abs(exact[name][wrong]) / peak).tolist()
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "of_zero_gradients": self.of_zero,
+            "others": len(self.others),
+            "median_of_peak": float(np.median(self.others)) if self.others else 0.0,
+            "largest_of_peak": max(self.others, default=0.0),
+        }
+
+
+def gradients(model: torch.nn.Module) -> Arrays:
+    """The gradient of each parameter that has one."""
+    return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients_in_double(pair: Pair, where: Any) -> Arrays:
+    """The gradients of the step from the same state, computed in double precision."""
+    twin = copy.deepcopy(pair.t.model).double()
+    pair.loss(pair.run(twin, pair.x[where].double()), pair.y[where]).backward()
+    return gradients(twin)
+
+
+def signs_by_other_kernels(pair: Pair, where: Any) -> Arrays:
+    """PyTorch's own signs from the same state without oneDNN."""
+    twin = copy.deepcopy(pair.t.model)
+    with other_kernels():
+        pair.loss(pair.run(twin, pair.x[where]), pair.y[where]).backward()
+    return {n: np.sign(g) for n, g in gradients(twin).items()}
+
+
+ZERO_GRADIENT = "e2_slu.head.bias"
+"""A standardised logit does not depend on it: its gradient is nothing but rounding error."""
+
+
+def differences(pair: Pair, found: Arrays) -> dict[str, float]:
+    """The largest difference of parameters, of momenta, and of buffers, relative to each tensor's largest element."""
+    parameters = dict(pair.t.model.named_parameters())
+    worst: dict[str, float] = {}
+    for name, value in training_state(pair.t, pair.opt).items():
+        if f"next.{name}" not in found or not value.is_floating_point():
+            continue
+        kind = "parameters" if name in parameters else "momenta" if name.endswith("momentum_buffer") else "buffers"
+        if name.removesuffix(".momentum_buffer") == ZERO_GRADIENT:
+            kind = f"{kind} of {ZERO_GRADIENT}, absolute"
+            scale = 1.0
+        else:
+            scale = max(float(value.abs().max()), 1e-3)
+        difference = float(np.abs(found[f"next.{name}"] - value.numpy()).max()) / scale
+        worst[kind] = max(worst.get(kind, 0.0), difference)
+    return worst
+
+
+def raise_to(worst: dict[str, float], found: dict[str, float]) -> None:
+    """Keep the larger value of each kind in ``worst``."""
+    worst.update({kind: max(worst.get(kind, 0.0), value) for kind, value in found.items()})
