@@ -226,6 +226,16 @@ def split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
     return [aten.slice(x, dim, start, min(start + size, x.shape[dim])) for start in range(0, x.shape[dim], size)]
 
 
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """The source, where it fills a contiguous tensor in order; backward of a change of strides writes so."""
+    in_order = list(stride) == [math.prod(size[i + 1 :]) for i in range(len(size))]
+    if not x.is_contiguous() or not in_order or math.prod(size) != x.numel() or storage_offset:
+        raise NotImplementedError("writing into a part of a tensor by strides")
+    return source.reshape(x.shape)
+
+
 def batch_norm_in_place(
     x: Tensor,
     weight: Tensor | None,
@@ -256,6 +266,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.addcmul.default: torch._decomp.decomposition_table[aten.addcmul.default],
     aten.lerp.Tensor: lerp,
     aten.lerp.Scalar: lerp,
+    aten.as_strided_scatter.default: as_strided_scatter,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,

@@ -114,3 +114,12 @@ def test_lerp_is_exact_at_both_ends() -> None:
     for weight, end in ((0.0, a), (1.0, b)):
         assert torch.equal(decompositions.lerp(a, b, weight), end)
         assert torch.equal(decompositions.lerp(a, b, torch.tensor(weight)), end)
+
+
+def test_a_change_of_strides_is_written_back_whole_or_refused() -> None:
+    x, source = torch.zeros(24), torch.randn(4, 6)
+    wanted = aten.as_strided_scatter(x, source, [4, 6], [6, 1])
+    assert decompositions.as_strided_scatter(x, source, [4, 6], [6, 1]).equal(wanted)
+    for size, stride, offset in (([4, 6], [1, 4], 0), ([2, 6], [6, 1], 0), ([2, 6], [6, 1], 12)):
+        with pytest.raises(NotImplementedError, match="into a part"):
+            decompositions.as_strided_scatter(x, source[: size[0]], size, stride, offset)
