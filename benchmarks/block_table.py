@@ -1,8 +1,8 @@
 """Residual blocks found and expected, over pytorchcv and transformers models: writes ``docs/blocks.md``.
 
-    python benchmarks/block_table.py            # goes on where it was stopped; state in --out, out/block_table.jsonl
-    python benchmarks/block_table.py --at-most 10           # ten models more; the table lists what there is
-    python benchmarks/block_table.py --only resnet20,ViT --again
+    python -m benchmarks.block_table            # goes on where it was stopped; state in --out, out/block_table.jsonl
+    python -m benchmarks.block_table --at-most 10           # ten models more; the table lists what there is
+    python -m benchmarks.block_table --only resnet20,ViT --again
 
 Each model is then transformed and compared with its original: with gates open in outputs, gradients and buffers, and in
 evaluation, each gate open for some samples and closed for others, skipped for real against multiplied by zero.
@@ -259,7 +259,7 @@ def write_table(groups: dict[str, list[Row]], left_out: list[str]) -> None:
     lines = [
         "# Residual blocks, found and expected",
         "",
-        "Written by `benchmarks/block_table.py`; do not edit. Expected counts are committed",
+        "Written by `python -m benchmarks.block_table`; do not edit. Expected counts are committed",
         "(`benchmarks/block_counts.csv`, `benchmarks/transformer_models.json`). Where the rule names classes, the",
         "count is taken from the model's modules; the other rules come from reading its code, and those of the DIA,",
         "ENet, NASNet, ChannelNet, RevNet and Wav2Vec2 rows were settled after a first search had pointed at them.",

@@ -1,7 +1,7 @@
 """MACs of the analyzer beside torch's FlopCounterMode, over shipped, pytorchcv and transformers models.
 
-    python benchmarks/mac_counts.py                 # writes docs/macs.md; goes on where it was stopped
-    python benchmarks/mac_counts.py --only resnet20 --again
+    python -m benchmarks.mac_counts                 # writes docs/macs.md; goes on where it was stopped
+    python -m benchmarks.mac_counts --only resnet20 --again
 
 State in out/mac_counts.jsonl. Every model is run once, forward and backward, with each product of matrices and each
 convolution counted by torch's own formulas as it is dispatched; and priced by ``e2pass.analyze``, which never runs it.
@@ -195,7 +195,7 @@ def table(rows: list[Row]) -> str:
         # MACs beside torch's FlopCounterMode
 
         {equal} of {len(rows)} models have exactly the MACs that torch's formulas give, kind by kind. Batch 2, from
-        `python benchmarks/mac_counts.py`. Each model is run once, with every convolution and matrix product counted as
+        `python -m benchmarks.mac_counts`. Each model is run once, with every convolution and matrix product counted as
         torch dispatches it, and priced by `e2pass.analyze`, which does not run it; attention is decomposed on both
         sides (`sdpa_kernel(MATH)`). *grouped*: the model has grouped convolutions, whose weight gradients torch counts
         `groups` times too high; their closed form stands in its place. Matrix products of the backward half are dX and

@@ -1,7 +1,7 @@
 """Recompute every row of the paper's tables with the analyzer, and write ``docs/paper_table.md``.
 
-    python benchmarks/paper_table.py            # about two minutes on one core
-    python benchmarks/paper_table.py --quick    # small networks, to standard output: for trying the script out
+    python -m benchmarks.paper_table            # about two minutes on one core
+    python -m benchmarks.paper_table --quick    # small networks, to standard output: for trying the script out
 
 Nothing is fitted. The only inputs are the board file, the rates stated in the paper, and its numbers of steps.
 """
@@ -312,7 +312,7 @@ def document(nets: dict[str, Network]) -> str:
     lines = [
         "# The paper's tables, recomputed",
         "",
-        "Written by `python benchmarks/paper_table.py`; do not edit by hand.",
+        "Written by `python -m benchmarks.paper_table`; do not edit by hand.",
         "",
         "Every row of the paper's tables that states an energy saving",
         "([arXiv:1910.13349](https://arxiv.org/abs/1910.13349)), beside what the analyzer says for the ZedBoard:",

@@ -1,7 +1,7 @@
 """How long a price takes, what the gates add, and what the board's estimates decide: writes ``docs/pricing.md``.
 
-    python benchmarks/pricing.py                    # goes on where it was stopped; state in out/pricing.json
-    python benchmarks/pricing.py --depths 20,110    # without ResNet-1202, which takes minutes to lower
+    python -m benchmarks.pricing                    # goes on where it was stopped; state in out/pricing.json
+    python -m benchmarks.pricing --depths 20,110    # without ResNet-1202, which takes minutes to lower
 
 Timed is the price of every operation of a plain step on a new cost model with empty caches, after capture and lowering:
 the median of seven runs; and capture and lowering themselves, once. CPU time. The sensitivity changes one number of the
@@ -153,7 +153,7 @@ def page(done: dict[str, Any], batch: int) -> str:
     _, _, joules, _, taken = done["board"][0]
     return f"""# Pricing: how long it takes, what gates add, what the estimates decide
 
-Written by `python benchmarks/pricing.py` (torch {torch.__version__}, one core). Everything but the times is modelled.
+Written by `python -m benchmarks.pricing` (torch {torch.__version__}, one core). Everything but the times is modelled.
 
 Priced are all operations of the plain training step on the ZedBoard, batch {batch}, after capture and lowering, with
 empty caches: the median of seven runs. Capture and lowering are timed once. All in seconds of CPU time. Each shape is

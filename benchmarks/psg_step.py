@@ -1,6 +1,6 @@
 """Step time and peak memory of PSG beside plain eager PyTorch, interleaved in one run.
 
-    python benchmarks/psg_step.py --depths 20 74 --steps 7 --out step.json
+    python -m benchmarks.psg_step --depths 20 74 --steps 7 --out step.json
 
 Time: each round runs one step of every variant after the other, so that a load on the machine hits all alike; reported
 are the median over rounds of each variant and of its ratio to plain eager in the same round. The clock is the CPU time

@@ -1,7 +1,7 @@
 """Time and memory of a training step with SLU beside the plain one, random gates at 0 to 80 %.
 
-    python benchmarks/slu_step.py --models resnet20,resnet74,vit --out runs/slu_step.json
-    python benchmarks/slu_step.py --out runs/slu_step.json --table
+    python -m benchmarks.slu_step --models resnet20,resnet74,vit --out runs/slu_step.json
+    python -m benchmarks.slu_step --out runs/slu_step.json --table
 
 A step is forward, backward and SGD with momentum on a batch of 128 images of 32x32. Plain eager PyTorch and every ratio
 take turns in random order within one process, so that whatever else the machine does meets all of them; a ratio's time
