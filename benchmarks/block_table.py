@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
+from benchmarks import transformer_models
 from e2pass.api import assemble
 from e2pass.capture import Capture, capture
 from e2pass.config import SLU, Config
@@ -197,28 +197,16 @@ def pytorchcv_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
 def transformer_rows(turn: Turn, done: dict[str, Row]) -> list[Row]:
     """Measure the small random models of ``transformer_models.json``."""
     rows = []
-    for entry in json.loads((HERE / "transformer_models.json").read_text(encoding="utf-8")):
+    for entry, build in transformer_models.entries():
         name = entry["model"]
         if name in done:
             rows.append(done[name])
         elif turn.takes(name):
-            config = getattr(transformers, entry["config"])(**entry["settings"])
             torch.manual_seed(0)
             row = Row(name, entry["expected"], entry["rule"])
-            measure(row, getattr(transformers, name)(config), _inputs(entry["inputs"]))
+            measure(row, build(), transformer_models.inputs(entry))
             rows.append(_keep(row, turn.state))
     return rows
-
-
-def _inputs(wanted: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Make token ids, masks or features from their shapes."""
-    made: dict[str, torch.Tensor] = {}
-    for name, shape in wanted.items():
-        if name.endswith("input_ids"):
-            made[name] = torch.randint(3, 40, shape)
-        else:
-            made[name] = torch.ones(shape, dtype=torch.long) if name.endswith("mask") else torch.randn(shape)
-    return made
 
 
 def _keep(row: Row, path: Path) -> Row:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 import e2pass
 import e2pass.models
+from benchmarks import transformer_models
 from e2pass.cost import Phase
 from e2pass.step.cost import StepCost
 
@@ -172,20 +172,8 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
         file, constructor = name.split(".")
         module = importlib.import_module(f"pytorchcv.models.{file}")
         yield f"pytorchcv {constructor}", getattr(module, constructor), torch.randn(2, 3, sizes[name], sizes[name])
-    for entry in json.loads((HERE / "transformer_models.json").read_text(encoding="utf-8")):
-        config = getattr(transformers, entry["config"])(**entry["settings"])
-        name = entry["model"]
-        yield f"transformers {name}", partial(getattr(transformers, name), config), _inputs(entry["inputs"])
-
-
-def _inputs(wanted: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    made: dict[str, torch.Tensor] = {}
-    for name, shape in wanted.items():
-        if name.endswith("input_ids"):
-            made[name] = torch.randint(3, 40, shape)
-        else:
-            made[name] = torch.ones(shape, dtype=torch.long) if name.endswith("mask") else torch.randn(shape)
-    return made
+    for entry, build in transformer_models.entries():
+        yield f"transformers {entry['model']}", build, transformer_models.inputs(entry)
 
 
 def table(rows: list[Row]) -> str:

@@ -44,17 +44,17 @@ class Fragment:
 
 
 @cache
-def asset(path: str) -> Asset:
-    """A file of this package, such as ``static/report.css`` or ``vendor/echarts.common.min.js``."""
-    text = resources.files(PACKAGE).joinpath(path).read_text(encoding="utf-8")
+def asset(path: str, package: str = PACKAGE) -> Asset:
+    """A file of a package, such as ``static/report.css`` or ``vendor/echarts.common.min.js`` of this one."""
+    text = resources.files(package).joinpath(path).read_text(encoding="utf-8")
     return Asset(path.rpartition("/")[2], text)
 
 
 @cache
-def environment() -> Environment:
-    """The templates; everything they insert is escaped, and an undefined name is an error."""
+def environment(package: str = PACKAGE) -> Environment:
+    """A package's templates; everything they insert is escaped, and an undefined name is an error."""
     made = Environment(
-        loader=PackageLoader(PACKAGE, "templates"),
+        loader=PackageLoader(package, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

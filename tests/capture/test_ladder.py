@@ -49,6 +49,15 @@ def equal_in_training(model: nn.Module, result: Capture, inputs: Inputs) -> bool
     return all(torch.equal(a, b) for a, b in zip(reference.buffers(), model.buffers(), strict=True))
 
 
+def assert_same_gradients(model: nn.Module, result: Capture) -> None:
+    result.train(*result.bind((ROWS,), {})).sum().backward()
+    ours = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model(ROWS).sum().backward()
+    for one, other in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
 def test_both_modes_are_traced_when_they_differ() -> None:
     model = Modal()
     result, _ = taken(model, IMAGES)
@@ -138,13 +147,7 @@ def test_what_cannot_be_traced_becomes_a_leaf(inner: type[nn.Module]) -> None:
     leaf = next(iter(result.train.graph.find_nodes(op="call_module", target="inner")))
     assert str(leaf.meta["val"].shape[0]) == str(next(iter(result.train.graph.nodes)).meta["val"].shape[0])
     assert equal_in_training(model, result, Inputs.of(ROWS))
-    output = result.train(*result.bind((ROWS,), {}))
-    output.sum().backward()
-    ours = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
-    model(ROWS).sum().backward()
-    for one, other in zip(ours, model.parameters(), strict=True):
-        torch.testing.assert_close(one, other.grad)
+    assert_same_gradients(model, result)
 
 
 def test_an_autograd_function_is_one_operation_with_its_own_gradient() -> None:
@@ -153,12 +156,7 @@ def test_an_autograd_function_is_one_operation_with_its_own_gradient() -> None:
     assert result.rung == "symbolic_trace"
     assert "Straight" in {getattr(node.target, "__name__", "") for node in result.train.graph.nodes}
     assert equal_in_training(model, result, Inputs.of(ROWS))
-    result.train(*result.bind((ROWS,), {})).sum().backward()
-    ours = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
-    model(ROWS).sum().backward()
-    for one, other in zip(ours, model.parameters(), strict=True):
-        torch.testing.assert_close(one, other.grad)
+    assert_same_gradients(model, result)
 
 
 def test_the_parent_becomes_the_leaf_when_leaving_out_the_child_is_not_enough() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from importlib import resources
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from e2pass.backends.graph.page.data import page_data, to_json
 from e2pass.backends.html import cost_fragment
-from e2pass.backends.html.page import Asset, Fragment, asset, page
+from e2pass.backends.html.page import Fragment, asset, environment, page
 from e2pass.diagnostics import Diagnostic
 from e2pass.report import CostReport
 from e2pass.step.graph import TrainingGraph
@@ -36,15 +33,14 @@ def to_html(graph: TrainingGraph, report: CostReport | None = None) -> str:
 
 def graph_fragment(graph: TrainingGraph) -> Fragment:
     """The graph with its panels, and the tables of blocks and weight gradients, as a piece of a page."""
-    body = _environment().get_template("step.html.j2").render(
+    body = environment(PACKAGE).get_template("step.html.j2").render(
         info=graph.info,
         count=len(graph),
         data=Markup(to_json(page_data(graph))),
         gradients=list(_gradients(graph)),
     )  # fmt: skip
-    return Fragment(
-        Markup(body), (asset("static/theme.css"), *map(_asset, STYLES)), tuple(map(_asset, SCRIPTS)), wasm=True
-    )
+    styles = (asset("static/theme.css"), *(asset(path, PACKAGE) for path in STYLES))
+    return Fragment(Markup(body), styles, tuple(asset(path, PACKAGE) for path in SCRIPTS), wasm=True)
 
 
 def _gradients(graph: TrainingGraph) -> Iterator[tuple[str, bool, str]]:
@@ -53,20 +49,3 @@ def _gradients(graph: TrainingGraph) -> Iterator[tuple[str, bool, str]]:
     for diagnostic in found:
         predicted = diagnostic.code == "E2P410"
         yield diagnostic.node, predicted, "" if predicted else diagnostic.message.partition(": ")[2]
-
-
-@cache
-def _asset(path: str) -> Asset:
-    text = resources.files(PACKAGE).joinpath(path).read_text(encoding="utf-8")
-    return Asset(path.rpartition("/")[2], text)
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader(PACKAGE, "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

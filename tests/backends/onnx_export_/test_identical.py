@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import e2pass
 from tests.backends.onnx_export_.identical import Checker, recorded
-
-
-class Residual(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.body(x)
-        return result
+from tests.zoo import Residual
 
 
 def test_what_differs_on_the_same_codes_are_ties(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from e2pass.backends.onnx_export.update import update_of
 from e2pass.demo.data import load_digits
 from e2pass.errors import ConfigError, ExportError, InputError
 from e2pass.transformed import Transformed
-from tests.zoo import vector_net, vector_residual
+from tests.zoo import Residual, vector_net, vector_residual
 
 BATCH = 32
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -191,9 +191,9 @@ def test_full_precision_agrees_to_rounding(digits: tuple[Tensor, Tensor], tmp_pa
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.MaxPool2d(2),
-        Residual(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1, groups=8))),
+        Residual(nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1, groups=8)),
         nn.AvgPool2d(2),
-        Residual(nn.Sequential(nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 8, 1))),
+        Residual(nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 8, 1)),
         nn.Flatten(),
         nn.LayerNorm(128),
         nn.Linear(128, 10),
@@ -222,16 +222,6 @@ def test_full_precision_agrees_to_rounding(digits: tuple[Tensor, Tensor], tmp_pa
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(again).graph.initializer}
     np.testing.assert_array_equal(stored["0.weight"], fresh["model"]["0.weight"].numpy())
     assert not np.array_equal(stored["0.weight"], t.model.state_dict()["0.weight"].numpy())
-
-
-class Residual(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.body(x)
-        return result
 
 
 @pytest.mark.parametrize(
