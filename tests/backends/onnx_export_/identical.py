@@ -192,13 +192,21 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
+def _in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class Exact(fx.Interpreter):
     """A cut half in double precision, on the same operands."""
 
     def __init__(self, found: Cut, record: Recorded) -> None:
         super().__init__(found.module, garbage_collect_values=False)
         given = [*record.arguments, *(v for pair in record.codes for v in pair)]
-        self.results = self.run(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given))
+        self.results = self.run(*(_in_double(v) for v in given))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Constants of the graph are in single precision, and PyTorch's attention takes a mask's bits as they are."""
+        return fx.node.map_aggregate(super().run_node(n), _in_double)
 
     def bounds(self, result: fx.Node) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """Of a signed gradient: predicted, full, threshold; and how far float32 may be off each; None if not signed."""
