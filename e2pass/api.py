@@ -65,15 +65,16 @@ def transform(
         board: Name of a shipped board, path of a board file, or a cost model: it prices the blocks for the gates and
             the reports.
         loss: ``loss(output, target)`` for the price of the loss; default cross-entropy on the first output.
-        optimizer: For the price of the update: a ``torch.optim`` optimizer or ``"sgd"``, ``"sgd_momentum"``,
-            ``"adam"``; default SGD with momentum 0.9.
+        optimizer: For the price of the update: a ``torch.optim`` optimizer or a key of
+            ``e2pass.step.training_step.OPTIMIZERS`` such as ``"adamw"``; default SGD with momentum.
         strict: Raise instead of leaving a part of the model as it is.
         inplace: Let the result share the caller's parameters instead of a copy's.
 
     Raises:
         InputError: For a model or inputs that do not fit each other.
-        ConfigError: For an unknown preset or key.
+        ConfigError: For an unknown preset, key or optimizer.
         BoardError: For an unknown or malformed board.
+        LoaderError: For a loader that SMD cannot work on.
         CaptureError: If no graph of the model can be captured.
         StrictError: With ``strict``, naming everything that could not be transformed.
     """
@@ -107,6 +108,9 @@ def analyze(
         board: As for ``transform``.
         config: What to transform with; None leaves ``.transformed`` None.
         hardware: What the board does with predicted weight gradients; matters with PSG only.
+
+    Raises:
+        InputError, ConfigError, BoardError, CaptureError: As ``transform``.
     """
     if config is None:
         program = _program(model, example_inputs, resolve("neutral").model_copy(update={"slu": None}), inplace=False)

@@ -7,10 +7,18 @@ before a block excuses it.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+import e2pass
+from e2pass.cli import app
+from e2pass.transformed import Transformed
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -56,6 +64,38 @@ def test_make_targets_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     mentioned = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(encoding="utf-8"), re.MULTILINE))
     assert mentioned <= targets
+
+
+def prose() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS if path.name != "CHANGELOG.md")
+
+
+def test_every_public_name_is_documented() -> None:
+    text = prose()
+    names = {f"e2pass.{name}" for name in (*e2pass._HOME, *e2pass._MODULES)}
+    assert {name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)} == set()
+    members = {name for name in vars(Transformed) if not name.startswith("_")} | {"model", "loader", "blocks"}
+    assert {name for name in members if f"`{name}" not in text} == set()
+
+
+def commands(group: Any, above: str = "e2pass") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above} {name}")
+        else:
+            yield f"{above} {name}", command
+
+
+def test_every_command_is_documented_and_every_documented_line_is_understood() -> None:
+    text = prose()
+    known = dict(commands(typer.main.get_command(app)))
+    assert {name for name in known if f"{name} " not in text and f"`{name}`" not in text} == set()
+    lines = re.findall(r"^e2pass (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert len(lines) >= 10
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
+        name = next(name for name in (" ".join(words[:3]), " ".join(words[:2])) if name in known)
+        known[name].make_context(name, words[len(name.split()) :])  # parses without running
 
 
 def test_blocks_are_found_with_their_line_and_excuse() -> None:

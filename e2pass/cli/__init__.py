@@ -1,4 +1,4 @@
-"""The command line: ``e2pass demo | analyze | inspect | boards``.
+"""The command line: ``e2pass demo | analyze | compare | inspect | opt | export | boards``.
 
 Only typer and rich are imported here; every command imports what it needs, so that ``e2pass --help`` answers at once.
 """
