@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from e2pass.errors import InputError
 from e2pass.runtime.module import E2Module
+from e2pass.runtime.runner import Updates
 
 
 @torch.no_grad()
@@ -18,7 +20,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
 
     That function changes the momentum of the norms, which lowered regions bake in; this one leaves it as it is and
     averages what each batch adds. Running scales of quantizers adapt in the same pass. A block that skips samples
-    counts each batch by the share of its samples that it ran on.
+    counts each batch by the share of its samples that it ran on. Of a norm that a model calls several times, later
+    calls on a batch weigh more than earlier ones, by one over one minus its momentum. After an error the statistics are
+    those from before.
 
     Args:
         loader: Batches: a tensor, or a sequence whose first entry is one.
@@ -32,8 +36,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
     if not isinstance(module, E2Module):
         raise InputError("update_bn takes a transformed model; for others use torch.optim.swa_utils.update_bn")
     runners = list(module._runners["train"].values())
-    totals = {name: _Average() for runner in runners for name in runner.statistics}
-    held = {name: module.get_buffer(name).clone() for name in totals}
+    users = {name: [r for r in runners if name in r.statistics] for runner in runners for name in runner.statistics}
+    totals = {name: _Average() for name in users}
+    found = {name: module.get_buffer(name).clone() for name in totals}  # put back unless all batches come through
     gates = {k: v.clone() for k, v in module.e2_slu.state_dict().items()} if module.e2_slu is not None else None
     training = module.training
     module.train()
@@ -45,30 +50,33 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
             for runner in runners:
                 runner.share = 0.0
             module(inputs.to(device) if device is not None else inputs)
-            for runner in runners:
-                for name, momentum in runner.statistics.items():
-                    totals[name].add(module.get_buffer(name), momentum, runner.share)
+            for name, total in totals.items():
+                total.add(module.get_buffer(name), [(r.statistics[name], r.share) for r in users[name]])
+        found = {name: total.mean(otherwise=found[name]) for name, total in totals.items()}
     finally:
-        for name, total in totals.items():
-            module.get_buffer(name).copy_(total.mean(otherwise=held[name]))
+        for name, value in found.items():
+            module.get_buffer(name).copy_(value)
         if gates is not None:
             module.e2_slu.load_state_dict(gates)  # type: ignore[union-attr]
         module.train(training)
 
 
 class _Average:
-    """Mean of a statistic over batches, each weighted by the share of its samples."""
+    """Mean of a statistic over batches, each weighted by the calls and the share of the samples in them."""
 
     def __init__(self) -> None:
         self.weight = 0.0
         self.total: Tensor | None = None
 
-    def add(self, buffer: Tensor, momentum: float, share: float) -> None:
-        """Take the batch's own value out of a buffer that was zero before it; it holds it times both factors."""
-        if share:
-            value = buffer / momentum
+    def add(self, buffer: Tensor, runs: Iterable[tuple[Updates, float]]) -> None:
+        """Take the batch's own value out of a buffer that was zero before it, where it is mixed with that zero."""
+        runs = list(runs)
+        weight = sum(share * updates.calls for updates, share in runs)
+        mixed = 1.0 - math.prod(updates.kept(share) for updates, share in runs)
+        if mixed:
+            value = buffer * (weight / mixed)
             self.total = value if self.total is None else self.total + value
-            self.weight += share
+            self.weight += weight
 
     def mean(self, otherwise: Tensor) -> Tensor:
         return otherwise if self.total is None else self.total / self.weight

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import update_bn as torch_update_bn
 
 import e2pass
 from e2pass.optim import SignSGD
+from tests.zoo import Residual
 
 
 def weight(*values: float) -> nn.Parameter:
@@ -117,3 +118,56 @@ def test_update_bn_is_torchs_on_the_same_arithmetic() -> None:
     torch.testing.assert_close(quantized.model.get_buffer("bn.running_var"), model.bn.running_var, rtol=0.02, atol=0.0)
     with pytest.raises(e2pass.E2PassError, match="swa_utils"):
         e2pass.update_bn(batches, model)
+
+
+class Called(nn.Module):
+    """One norm in front of a residual block, within it twice, and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(x)
+        x = x + self.bn(self.conv(self.bn(self.conv(x)).relu()))
+        y: Tensor = self.bn(x).mean((2, 3))
+        return y
+
+
+def test_update_bn_of_a_norm_that_is_called_several_times() -> None:
+    torch.manual_seed(0)
+    model = Called()
+    model.bn.momentum = 1e-3  # so little that the order of the calls within a batch does not matter
+    batches = [(i + 1.0) * torch.randn(8, 4, 6, 6) + i for i in range(3)]
+    t = e2pass.transform(model, batches[0], config="neutral")
+    assert [block.gated for block in t.blocks] == [True]
+    torch_update_bn(batches, model)
+    e2pass.update_bn(batches, t.model)
+    for name in ("bn.running_mean", "bn.running_var"):
+        torch.testing.assert_close(t.model.get_buffer(name), model.get_buffer(name), rtol=3e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("config", ["slu", "e2train"])
+def test_update_bn_passes_over_a_block_that_one_sample_entered(config: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Residual(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()), nn.Linear(6, 2))
+    batches = [torch.randn(8, 6) for _ in range(3)]
+    t = e2pass.transform(model, batches[0], config=config)
+    (norm,) = (m for m in t.model.modules() if isinstance(m, nn.BatchNorm1d))
+    slu = t.model.e2_slu
+    assert slu is not None
+    norm.running_mean += 3.0
+    before = [buffer.clone() for buffer in norm.buffers()]
+    slu.kind, slu.target, slu.min_active = "random", 1.0, 1
+    e2pass.update_bn(batches, t.model)
+    assert [torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True)][:2] == [True, True]
+
+
+def test_update_bn_leaves_all_as_it_was_if_a_batch_does_not_fit() -> None:
+    torch.manual_seed(0)
+    good = torch.randn(4, 3, 6, 6)
+    t = e2pass.transform(Net(), good, config="neutral")
+    before = {name: b.clone() for name, b in t.model.named_buffers() if "running" in name}
+    with pytest.raises(RuntimeError, match="channels"):
+        e2pass.update_bn([good, good[:, :2]], t.model)
+    assert all(torch.equal(t.model.get_buffer(name), b) for name, b in before.items())

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,17 @@ from e2pass.runtime.region import CompiledRegion, CountSink
 
 Lookup = Callable[[str], Tensor]
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Updates(NamedTuple):
+    """How a run of a region updates a running statistic: the momentum of its norm, and how often that is called."""
+
+    momentum: float
+    calls: int
+
+    def kept(self, share: float) -> float:
+        """The share of its old value that a run on ``share`` of the batch leaves of the statistic."""
+        return 1.0 - share * (1.0 - (1.0 - self.momentum) ** self.calls)
 
 
 class LoweringCache:
@@ -82,20 +93,20 @@ class RegionRunner:
         region: What to run.
         owner: Module whose parameters and buffers it uses.
         cache: Compiled forms; None runs the region as plain autograd.
-        statistics: Running statistics that training updates, each with the momentum of its norm.
-        share: The share of the samples in the last call.
+        statistics: Running statistics that training updates, and how one run does it.
+        share: The share of the batch that the last call updated running statistics by.
     """
 
     def __init__(self, region: Region, owner: nn.Module, cache: LoweringCache | None) -> None:
         self.region, self.owner, self.cache = region, owner, cache
         self.eager = bind_module(region.graph, owner)
         self.frozen = self._with_frozen_norms()
-        modules = {n.target: owner.get_submodule(n.target) for n in region.graph.find_nodes(op="call_module")}
-        self.modules = [m for root in modules.values() for m in root.modules()]
+        roots = {n.target: owner.get_submodule(n.target) for n in region.graph.find_nodes(op="call_module")}
+        self.modules = [m for root in roots.values() for m in root.modules()]
         self.norms = [m for m in self.modules if isinstance(m, _NORMS)]
         self.convolves = _convolves_images(region.graph, self.modules)
         self.parameters = [_slot(owner, name) for name in region_parameters(region, owner)]
-        self.statistics = {**dict(self._module_statistics(modules)), **dict(self._functional_statistics())}
+        self.statistics = self._statistics()
         self.share = 0.0
 
     def __call__(
@@ -121,8 +132,8 @@ class RegionRunner:
             on_scales: Receives the scales of this execution's activation quantizers.
             precise: Run as plain autograd this time.
         """
-        self.share = share
         frozen = self.region.needs_two and batch < 2
+        self.share = 0.0 if frozen else share
         graph = self.frozen if frozen and self.frozen is not None else self.eager
         with self._norms_in_evaluation(frozen):
             if precise or self.cache is None or self.region.name in self.cache.failed:
@@ -162,15 +173,22 @@ class RegionRunner:
                 graph.erase_node(node)
         return bind_module(graph, self.owner)
 
-    def _module_statistics(self, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, float]]:
-        for path, root in modules.items():
-            for name, module in root.named_modules(prefix=path):
+    def _statistics(self) -> dict[str, Updates]:
+        found: dict[str, Updates] = {}
+        for name, momentum in [*self._module_updates(), *self._functional_updates()]:
+            found[name] = Updates(momentum, found[name].calls + 1 if name in found else 1)
+        return found
+
+    def _module_updates(self) -> Iterator[tuple[str, float]]:
+        """Each call of a norm as a module: its running statistics and its momentum."""
+        for node in self.region.graph.find_nodes(op="call_module"):
+            for name, module in self.owner.get_submodule(node.target).named_modules(prefix=node.target):
                 if isinstance(module, _NORMS) and module.running_mean is not None:
                     momentum = 1.0 if module.momentum is None else module.momentum
                     yield f"{name}.running_mean", momentum
                     yield f"{name}.running_var", momentum
 
-    def _functional_statistics(self) -> Iterator[tuple[str, float]]:
+    def _functional_updates(self) -> Iterator[tuple[str, float]]:
         for node in _training_norms(self.region.graph):
             for argument in node.args[3:5]:
                 if isinstance(argument, fx.Node) and argument.op == "get_attr":
