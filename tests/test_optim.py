@@ -156,7 +156,8 @@ def test_update_bn_passes_over_a_block_that_one_sample_entered(config: str) -> N
     (norm,) = (m for m in t.model.modules() if isinstance(m, nn.BatchNorm1d))
     slu = t.model.e2_slu
     assert slu is not None
-    norm.running_mean += 3.0
+    assert norm.running_mean is not None
+    norm.running_mean.add_(3.0)
     before = [buffer.clone() for buffer in norm.buffers()]
     slu.kind, slu.target, slu.min_active = "random", 1.0, 1
     e2pass.update_bn(batches, t.model)
