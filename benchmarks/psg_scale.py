@@ -3,7 +3,8 @@
     python -m benchmarks.psg_scale --out scale.json        # resumable; prints the table of docs/psg.md
 
 A LayerNorm transformer (the rows of an image are its tokens) and a ResNet-8 on scikit-learn's digits, each plain, under
-gradient clipping and under loss scaling; three seeds. The learning rate is one that suits fp32 SGD, and is not changed.
+gradient clipping and under loss scaling; three seeds. The learning rate is one that suits fp32 SGD, and is not changed;
+beside them ``unit`` with the learning rate that the documentation advises for it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import e2pass
 from e2pass.demo.data import Images, load_digits
 
 LR = {"transformer": 0.05, "resnet": 0.1}
+ADVISED = {"transformer": 0.001, "resnet": 0.03}
+"""What the documentation advises for ``scale="unit"``: without and with batch norms."""
 EPOCHS, BATCH = 10, 32
 METHODS: dict[str, e2pass.Config | None] = {
     "fp32": None,
     "psg, mean": e2pass.Config(smd=None, slu=None),
     "psg, unit": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit")),
+    "psg, unit, advised lr": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit")),
 }
 SETTINGS = ("plain", "clipped to 1", "loss x 1024")
 
@@ -57,10 +61,11 @@ def run(model: str, method: str, setting: str, seed: int, images: Images, epochs
     config = METHODS[method]
     if config is not None:
         network = e2pass.transform(network, x[:BATCH], config=config).model
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR[model], momentum=0.9)
+    lr = (ADVISED if "advised" in method else LR)[model]
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     factor = 1024.0 if setting == "loss x 1024" else 1.0
     steps = epochs * (len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR[model], steps, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for chosen in torch.randperm(len(x), generator=generator).split(BATCH)[: len(x) // BATCH]:
