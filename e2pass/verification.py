@@ -101,5 +101,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
         return float("inf")
     if a.numel() == 0:
         return 0.0
-    scale = max(float(a.detach().double().abs().max()), 1e-6)
-    return float((a.detach().double() - b.detach().double()).abs().max()) / scale
+    a, b = a.detach().double(), b.detach().double()
+    # NaN equals NaN here and differs from all else: a comparison with it would count as no difference.
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
+    return float(apart.max()) / max(float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()), 1e-6)

@@ -211,14 +211,36 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case: str, folder: Path) -> 
 def test_malformed_board_and_failing_file(folder: Path) -> None:
     (folder / "bad.yaml").write_text("name: [")
     (folder / "bad.py").write_text("1 / 0\n")
+    (folder / "mute.py").write_text("def f():\n    raise RuntimeError\n")
     for arguments, message in (
         (["boards", "validate", "bad.yaml"], "bad.yaml is not valid YAML"),
         (["analyze", "bad.py:f", *SMALL], "running bad.py failed: ZeroDivisionError"),
+        (["analyze", "mute.py:f", *SMALL], "mute.py:f with arguments {} failed: RuntimeError\n"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2
         assert done.stderr.count("\n") == 1
         assert message in done.stderr
+
+
+def test_a_callable_may_import_its_neighbours_when_it_is_called(folder: Path) -> None:
+    (folder / "there").mkdir()
+    (folder / "there" / "e2_neighbour.py").write_text("import torch\nmade = torch.nn.Linear(4, 2)\n")
+    (folder / "there" / "late.py").write_text("def build():\n    import e2_neighbour\n    return e2_neighbour.made\n")
+    before = list(sys.path)
+    assert isinstance(build_model("there/late.py:build"), torch.nn.Linear)
+    assert sys.path == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the user of a container may write everywhere
+    for arguments in (["analyze", "none.py:f", *SMALL, "-o", "a.json"], ["demo", "--data", "none.npz"]):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+        assert f"the folder {folder} is not writable" in done.stderr
 
 
 def test_inputs() -> None:

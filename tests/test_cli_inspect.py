@@ -124,6 +124,7 @@ def test_bad_names_get_one_line_and_leave_nothing(model: str, tmp_path: Path) ->
     cases = {
         ("--node", "update/stem"): "no node 'update/stem'; similar names are ",
         ("--graph", "--all"): "--all is for --diff; give both",
+        ("--node", "update/stem.weight", "--tag", "psg"): "--tag narrows --graph, --diff and --html; give one of them",
         ("--graph", "--path", "stems"): "the graph has no path 'stems'; it has stem, ",
     }
     for arguments, message in cases.items():

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,31 @@ def checkpoint_into(module: E2Module, checkpoint: Mapping[str, Any] | str | Path
             raise InputError(f"{checkpoint} is no state dict that torch.save wrote ({type(error).__name__})") from error
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"a checkpoint is what state_dict() returned, not a {type(checkpoint).__name__}")
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, Mapping):
+        raise InputError(f"the checkpoint's 'model' is a {type(state).__name__}, not what state_dict() returned")
     twin = copy.deepcopy(module)
     try:
-        twin.load_state_dict(checkpoint.get("model", checkpoint))
+        twin.load_state_dict(state)
     except Exception as error:
-        raise InputError(f"the checkpoint is not one of this model: {first_line(error)}") from None
+        raise InputError(f"the checkpoint is not one of this model: {_mismatch(twin, state) or error}") from None
     return twin
+
+
+def _mismatch(module: E2Module, state: Mapping[str, Any]) -> str:
+    """Which tensors a state dict lacks, has besides, or has in other shapes; empty if it is none of these."""
+    own = module.state_dict()
+    odd = [n for n in own.keys() & state.keys() if getattr(own[n], "shape", None) != getattr(state[n], "shape", None)]
+    parts = {
+        "it lacks": sorted(own.keys() - state.keys()),
+        "it has besides": sorted(state.keys() - own.keys()),
+        "other shapes have": sorted(odd),
+    }
+    return "; ".join(f"{what} {_some(names)}" for what, names in parts.items() if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def check_size(model: ir.Model) -> None:
@@ -92,7 +111,7 @@ def write_model(model: ir.Model, path: Path, *, runs: bool = True) -> None:
         runs: False for a graph of other operators, to be looked at: it is written as it is.
 
     Raises:
-        ExportError: If the ONNX checker refuses it.
+        ExportError: If the ONNX checker refuses it, or no file can be written there.
     """
     if runs:
         # The exporter's records of its own run have no place in the file.
@@ -102,7 +121,10 @@ def write_model(model: ir.Model, path: Path, *, runs: bool = True) -> None:
         unique_names(model)
         _import_opsets(model)
     model.producer_name = "e2pass"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror}") from error
     os.close(handle)
     try:
         ir.save(model, temporary)
@@ -111,8 +133,8 @@ def write_model(model: ir.Model, path: Path, *, runs: bool = True) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError:
-        raise
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
     except Exception as error:
         raise ExportError(
             f"the ONNX file of the model is not valid: {first_line(error)}; please report it with the model"

@@ -61,11 +61,14 @@ def inspect(
         check_output(html)
         if every and not diff:
             raise InputError("--all is for --diff; give both")
+        filters = {"region": region, "block": block, "tag": tag, "path": path}
+        given = [f"--{name}" for name, value in filters.items() if value is not None]
+        if given and not (graph or diff or html):
+            raise InputError(f"{given[0]} narrows --graph, --diff and --html; give one of them too")
         inputs = parse_inputs(shapes)
         loader = [None, None] if resolve(config).smd is not None else None  # two batches, of which SMD may drop one
         built = build_model(model, keyword_arguments(arguments, kwargs))
         t = transform(built, inputs, loader, config=config, board=board)
-        filters = {"region": region, "block": block, "tag": tag, "path": path}
         narrowed = t.graph.select(**filters) if any(filters.values()) else t.graph
         if graph:
             typer.echo(narrowed.to_text(), nl=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,3 +45,5 @@ def check_output(out: Path | None) -> None:
         raise InputError(f"cannot write {out}: there is no folder {out.resolve().parent}")
     if out is not None and out.is_dir():
         raise InputError(f"cannot write {out}: it is a folder")
+    if out is not None and not os.access(out.resolve().parent, os.W_OK):
+        raise InputError(f"cannot write {out}: the folder {out.resolve().parent} is not writable")

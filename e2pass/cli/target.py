@@ -7,7 +7,8 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -39,14 +40,16 @@ def build_model(target: str, kwargs: str | None = None) -> nn.Module:
     if not where or not name:
         raise InputError(f"MODEL {target!r} is not package.module:callable or path/to/file.py:callable")
     arguments = parse_kwargs(kwargs)
-    found = _attribute(_module(where), where, name)
-    if isinstance(found, nn.Module):
-        if arguments:
-            raise InputError(f"{target} is a model already and takes no arguments, but {kwargs} was given")
-        return found
-    if not callable(found):
-        raise InputError(f"{target} is a {type(found).__name__}; a callable that returns a torch.nn.Module is needed")
-    model = _call(found, target, arguments)
+    with _neighbours_importable(where):
+        found = _attribute(_module(where), where, name)
+        if isinstance(found, nn.Module):
+            if arguments:
+                raise InputError(f"{target} is a model already and takes no arguments, but {kwargs} was given")
+            return found
+        if not callable(found):
+            kind = type(found).__name__
+            raise InputError(f"{target} is a {kind}; a callable that returns a torch.nn.Module is needed")
+        model = _call(found, target, arguments)
     if not isinstance(model, nn.Module):
         raise InputError(f"{target} returned a {type(model).__name__}; a torch.nn.Module is needed")
     return model
@@ -113,13 +116,23 @@ def _parse_input(text: str) -> tuple[str, torch.Tensor]:
     return match["name"] or "", tensor
 
 
+@contextmanager
+def _neighbours_importable(where: str) -> Iterator[None]:
+    """As with `python path` and `python -m`: what lies beside a file, or beside the caller, can be imported."""
+    folder = str(Path(where).resolve().parent) if where.endswith(".py") else ""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the target may have changed the path
+            sys.path.remove(folder)
+
+
 def _module(where: str) -> ModuleType:
     return _file_module(Path(where)) if where.endswith(".py") else _named_module(where)
 
 
 def _named_module(name: str) -> ModuleType:
-    # As with `python -m`: modules beside the caller are found although the command is installed elsewhere.
-    sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -127,9 +140,7 @@ def _named_module(name: str) -> ModuleType:
     except E2PassError:
         raise
     except Exception as error:
-        raise InputError(f"importing {name} failed: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove("")
+        raise InputError(f"importing {name} failed: {_words(error)}") from None
 
 
 def _file_module(path: Path) -> ModuleType:
@@ -141,13 +152,10 @@ def _file_module(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class up by its module
-    sys.path.insert(0, str(path.resolve().parent))  # as with `python path`: its neighbours can be imported
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"running {path} failed: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop(0)
+        raise InputError(f"running {path} failed: {_words(error)}") from None
     return module
 
 
@@ -165,4 +173,9 @@ def _call(build: Callable[..., Any], target: str, arguments: dict[str, Any]) -> 
     except E2PassError:
         raise
     except Exception as error:
-        raise InputError(f"{target} with arguments {json.dumps(arguments)} failed: {error}") from None
+        raise InputError(f"{target} with arguments {json.dumps(arguments)} failed: {_words(error)}") from None
+
+
+def _words(error: Exception) -> str:
+    """An error that has no words is known by its kind."""
+    return ": ".join(filter(None, (type(error).__name__, str(error))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -86,3 +87,5 @@ def _check_folder(out: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise InputError(f"cannot write into {out}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write into {out}: the folder {existing} is not writable")

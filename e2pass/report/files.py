@@ -17,14 +17,14 @@ def save(text: str, path: str | os.PathLike[str] | None) -> str:
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise InputError(f"report cannot be written to {target}: {error.strerror}") from None
+        raise InputError(f"{target} cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(target)
     except OSError as error:
-        raise InputError(f"report cannot be written to {target}: {error.strerror}") from None
+        raise InputError(f"{target} cannot be written: {error.strerror}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
     return text

@@ -124,7 +124,8 @@ class TrainingGraph:
         import difflib
 
         near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
-        raise InputError(f"the graph has no node {name!r}; similar names are {', '.join(near) or 'none'}")
+        similar = f"similar names are {', '.join(near)}" if near else "no name is similar"
+        raise InputError(f"the graph has no node {name!r}; {similar}")
 
     @property
     def rates(self) -> Rates:

@@ -266,8 +266,13 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         export_training(t, inputs, target, path, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     with pytest.raises(InputError, match="there is no checkpoint"):
         export_training(t, inputs, target, path, checkpoint=tmp_path / "none.pt")
-    with pytest.raises(InputError, match="the checkpoint is not one of this model"):
+    with pytest.raises(
+        InputError, match=r"not one of this model: it lacks 0.bias and \d+ more; it has besides weight$"
+    ):
         export_training(t, inputs, target, path, checkpoint={"weight": torch.zeros(2)})
+    odd = {**t.model.state_dict(), "0.bias": torch.zeros(3)}
+    with pytest.raises(InputError, match=r"not one of this model: other shapes have 0.bias$"):
+        export_training(t, inputs, target, path, checkpoint={"model": odd})
     with pytest.raises(InputError, match="give a target: the model does not return its loss"):
         export_training(t, inputs, None, path)
     with t.set_gates("random"), pytest.raises(ExportError, match=r"export with set_gates\('learned'\)"):
