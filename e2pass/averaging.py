@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2pass.capture.state import modes_kept
 from e2pass.errors import InputError
 from e2pass.runtime.module import E2Module
 from e2pass.runtime.runner import Updates
@@ -40,25 +41,24 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
     totals = {name: _Average() for name in users}
     found = {name: module.get_buffer(name).clone() for name in totals}  # put back unless all batches come through
     gates = {k: v.clone() for k, v in module.e2_slu.state_dict().items()} if module.e2_slu is not None else None
-    training = module.training
-    module.train()
     try:
-        for batch in loader:
-            inputs = batch[0] if isinstance(batch, list | tuple) else batch
-            for name in totals:
-                module.get_buffer(name).zero_()
-            for runner in runners:
-                runner.share = 0.0
-            module(inputs.to(device) if device is not None else inputs)
-            for name, total in totals.items():
-                total.add(module.get_buffer(name), [(r.statistics[name], r.share) for r in users[name]])
+        with modes_kept(module):
+            module.train()
+            for batch in loader:
+                inputs = batch[0] if isinstance(batch, list | tuple) else batch
+                for name in totals:
+                    module.get_buffer(name).zero_()
+                for runner in runners:
+                    runner.share = 0.0
+                module(inputs.to(device) if device is not None else inputs)
+                for name, total in totals.items():
+                    total.add(module.get_buffer(name), [(r.statistics[name], r.share) for r in users[name]])
         found = {name: total.mean(otherwise=found[name]) for name, total in totals.items()}
     finally:
         for name, value in found.items():
             module.get_buffer(name).copy_(value)
         if gates is not None:
             module.e2_slu.load_state_dict(gates)  # type: ignore[union-attr]
-        module.train(training)
 
 
 class _Average:

@@ -92,16 +92,25 @@ def _gather_equals_mask(model: E2Module, program: Program) -> list[Proof]:
 
 
 def _proof(name: str, a: list[Tensor], b: list[Tensor], tolerance: float) -> Proof:
-    difference = float("inf") if len(a) != len(b) else max(map(_relative, a, b), default=0.0)
+    difference = float("inf") if len(a) != len(b) else max(map(relative_difference, a, b), default=0.0)
     return Proof(name, difference <= tolerance, difference, tolerance)
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor, least: float = 1e-6) -> float:
+    """Largest difference of an element of ``b`` from that of ``a``, over the largest finite magnitude in ``a``.
+
+    NaN equals NaN, and infinities those of the same sign; against anything else they are infinitely apart, as tensors
+    of different shapes are.
+
+    Args:
+        a: What is right; any shape.
+        b: What is compared with it.
+        least: The smallest magnitude to divide by.
+    """
     if a.shape != b.shape:
         return float("inf")
     if a.numel() == 0:
         return 0.0
     a, b = a.detach().double(), b.detach().double()
-    # NaN equals NaN here and differs from all else: a comparison with it would count as no difference.
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf)
-    return float(apart.max()) / max(float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()), 1e-6)
+    return float(apart.max()) / max(float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()), least)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from e2pass.capture.state import modes_kept
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import LoweringError
 from e2pass.lowering import lower
@@ -26,10 +27,9 @@ class Lower(Pass):
         """Write ``program.lowered``: each training region's joint graph twice, one to keep and one to rewrite."""
         diagnostics = Diagnostics()
         batch = program.inputs.batch_size
-        mode = program.model.training
-        program.model.train()
         root = program.graphs["train"]  # the model's parameters and modules, and the constants that capture lifted
-        try:
+        with modes_kept(program.model):
+            program.model.train()
             for region in program.plans["train"].regions:
                 try:
                     joint = lower(fx.GraphModule(root, region.graph), region.specs, batch)
@@ -39,6 +39,4 @@ class Lower(Pass):
                     )
                     continue
                 program.lowered[region.name] = (joint, joint.copy())
-        finally:
-            program.model.train(mode)
         return PassResult(program, bool(program.lowered), diagnostics)

@@ -226,3 +226,24 @@ def test_tied_parameters_stay_tied(name: str) -> None:
             if not _.startswith("e2_")
         ]
         assert groups[: len(groups) // 2] == groups[len(groups) // 2 :]
+
+
+@pytest.mark.parametrize("config", ["neutral", "8bit"])
+def test_norms_in_evaluation_stay_there(config: str) -> None:
+    model = small_resnet()
+    frozen, free = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][:2]
+    frozen.eval()
+    before = frozen.get_buffer("running_mean").clone()
+    images = torch.randn(6, 3, 8, 8)
+    original = copy.deepcopy(model)
+    t = e2pass.transform(model, images, config=config, inplace=True)
+    assert t.verify()
+    assert t.graph.nodes
+    tolerance = 1e-6 if config == "neutral" else 0.1
+    torch.testing.assert_close(t.model(images), original(images), rtol=0.0, atol=tolerance)
+    assert torch.equal(frozen.get_buffer("running_mean"), before)
+    e2pass.update_bn([images], t.model)
+    assert (t.model.training, frozen.training, free.training) == (True, False, True)
+    for twin in (copy.deepcopy(t.model), pickle.loads(pickle.dumps(t.model))):
+        norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert [m.training for m in norms[:2]] == [False, True]

@@ -14,6 +14,7 @@ from e2pass.backends.onnx_export.files import transformed_module
 from e2pass.errors import ExportError, InputError
 from e2pass.inputs import Inputs
 from e2pass.runtime.module import E2Module
+from e2pass.verification import relative_difference
 
 if TYPE_CHECKING:
     from e2pass.transformed import Transformed
@@ -28,7 +29,8 @@ def check_inference(path: str | Path, module: Transformed | E2Module, inputs: An
         inputs: As for ``e2pass.transform``.
 
     Returns:
-        The largest difference of any output element, relative to the largest magnitude in that output.
+        The largest difference of any output element, relative to the largest magnitude in that output; infinite where
+        only one of the two gives NaN.
 
     Raises:
         InputError: If there is no such file, or the inputs do not fit the model.
@@ -67,8 +69,4 @@ def _difference(path: Path, wanted: Tensor, found: Tensor) -> float:
             f"{path} gives an output of shape {tuple(found.shape)} where the model gives {tuple(wanted.shape)}; "
             "export it again from this model"
         )
-    if wanted.numel() == 0:
-        return 0.0
-    wanted, found = wanted.detach().double(), found.double()
-    largest = max(float(wanted.abs().max()), torch.finfo(torch.float32).tiny)
-    return float((wanted - found).abs().max()) / largest
+    return relative_difference(wanted, found, torch.finfo(torch.float32).tiny)

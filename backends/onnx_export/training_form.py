@@ -333,7 +333,7 @@ def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tens
         return out
     if slu.per == "batch":
         with torch.no_grad():
-            momentum = (1.0 / (slu.steps + 1)).clamp(min=slu.MOMENTUM)
+            momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM)
             away = (logit - mean).view(1)
             var.copy_((var + momentum * away.square()) * (1.0 - momentum))
             mean.copy_(mean + momentum * away)

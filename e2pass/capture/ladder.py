@@ -271,9 +271,21 @@ class _Ladder:
         self._diagnostics.info("E2P100", "", f"captured by {result.rung}")
         for reason in reasons:
             self._diagnostics.info("E2P101", "", f"not captured by {reason}")
+        still = _in_evaluation(self._model) if result.rung == "export" else []
+        if still:
+            others = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            self._diagnostics.warn(
+                "E2P103", still[0], f"is in evaluation{others}, but an exported graph trains in all modules or in none"
+            )
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))
+
+
+def _in_evaluation(model: nn.Module) -> list[str]:
+    """Norms and dropouts that are in evaluation within a model that is in training."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return [n for n, m in model.named_modules() if isinstance(m, kinds) and model.training and not m.training]
 
 
 def _split_modes(graphs: tuple[fx.Graph, fx.Graph], model: nn.Module) -> list[fx.Graph]:

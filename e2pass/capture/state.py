@@ -58,6 +58,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore on exit whether each module is in training: a frozen norm is not, within a model that is."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
     """Restore ``model`` on exit: modes, attributes, registrations, gradients, and the contents of buffers."""
     attributes: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]] = [

@@ -107,5 +107,5 @@ def _same(a: Any, b: Any) -> bool:
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Gradients may be summed in another order, so they are close and not bit-equal."""
-    scale = float(a.abs().max()) if a.numel() else 0.0
+    scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
     return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale + 1e-12, equal_nan=True))

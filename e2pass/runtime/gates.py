@@ -201,7 +201,7 @@ class SLUGates(nn.Module):
         if learning and self.per == "batch":
             # One logit has no spread of its own, so running statistics have to do.
             with torch.no_grad():
-                momentum = max(self.MOMENTUM, 1.0 / (current.step + 1))
+                momentum = max(self.MOMENTUM, 1.0 / (current.step + 2))  # one whole would leave a variance of 0
                 away = (logit - mean).view(1)
                 var.add_(momentum * away.square()).mul_(1.0 - momentum)
                 mean.add_(momentum * away)

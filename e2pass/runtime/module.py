@@ -182,12 +182,10 @@ class E2Module(nn.Module):
     def __reduce__(self) -> Any:
         executable = self._executable
         own = {k: v for k, v in self._modules.items() if k.startswith("e2_")}
-        state = {"training": self.training, "own": own}
-        return executable.recipe, (self.source(), *executable.arguments), state
+        return executable.recipe, (self.source(), *executable.arguments), own
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._modules.update(state["own"])
-        self.train(state["training"])
+    def __setstate__(self, own: dict[str, Any]) -> None:
+        self._modules.update(own)
 
 
 class SelectionCounts(nn.Module):

@@ -3,7 +3,8 @@
 Codes are symmetric integers: ``value = code * scale`` with zero exact and ``|code| <= 2^(bits-1) - 1``. The kernels
 emulate the integer arithmetic of the hardware with float and integer tensor operations.
 
-A tensor with a NaN or an infinity has the scale NaN, so all it decodes to is NaN: a product never hides one.
+A tensor with a NaN or an infinity has the scale NaN, so all it decodes to is NaN: a product never hides one. Only a
+running scale, which evaluation uses, is no part of the tensor: it saturates infinities, and codes hold no NaN.
 """
 
 from __future__ import annotations

@@ -33,8 +33,10 @@ class RunningScales(nn.Module):
         return buffer[quantizers.index(name)]
 
     def update(self, region: str, names: Sequence[str], scales: Sequence[Tensor]) -> None:
-        """Average in the scales of one execution; the first one counts in full."""
+        """Average in the scales of one execution; the first one counts in full, one that is no number not at all."""
         buffer: Tensor = self._buffers[region]  # type: ignore[assignment]
         index = torch.tensor([self.names[region].index(name) for name in names], device=buffer.device)
         fresh, held = torch.stack([s.detach().to(buffer.dtype) for s in scales]), buffer[index]
-        buffer[index] = torch.where(held == 0, fresh, held.lerp(fresh, self.MOMENTUM))
+        moved = torch.where(held == 0, fresh, held.lerp(fresh, self.MOMENTUM))
+        # A batch with a NaN spoils its own step; kept in an average it would spoil every evaluation after it.
+        buffer[index] = torch.where(fresh.isfinite(), moved, held)

@@ -244,3 +244,27 @@ def test_bad_input_is_one_clear_error(model: Any, example: Any, message: str) ->
     with pytest.raises(InputError, match=message) as caught:
         taken(model, example)
     assert "\n" not in str(caught.value)
+
+
+def test_an_exported_graph_says_which_modules_it_cannot_keep_in_evaluation() -> None:
+    model = NoGrad()
+    model.head = nn.Sequential(nn.Dropout(), model.head)  # type: ignore[assignment]
+    assert not list(taken(model, ROWS)[1].with_code("E2P103"))
+    model.head[0].eval()  # type: ignore[index]
+    result, diagnostics = taken(model, ROWS)
+    assert result.rung == "export"
+    assert [d.node for d in diagnostics.with_code("E2P103")] == ["head.0"]
+    assert not list(taken(model.eval(), ROWS)[1].with_code("E2P103"))
+
+
+def test_a_gradient_that_is_no_number_is_equal_to_itself() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.scale).square().sqrt() + x * self.shift  # the slope of the root is infinite at zero
+
+    result, _ = taken(Root(), ROWS)
+    assert result.rung == "symbolic_trace"

@@ -194,3 +194,16 @@ def test_with_mean_scale_a_learning_rate_keeps_its_meaning(setting: str) -> None
     plain, mean = (trained_accuracy(m, x, y, lr=0.1, setting=setting, steps=60) for m in (model, signed))
     assert plain > 0.9
     assert mean > plain - 0.03
+
+
+def test_a_batch_without_numbers_leaves_the_running_scales_alone() -> None:
+    t = e2pass.transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(8, 4), config="8bit")
+    scales = t.model.e2_scales
+    assert scales is not None
+    t.model(torch.randn(8, 4))
+    before = [buffer.clone() for buffer in scales.buffers()]
+    assert t.model(torch.full((8, 4), torch.nan)).isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(before, scales.buffers(), strict=True))
+    t.model(3 * torch.randn(8, 4))
+    assert not any(torch.equal(a, b) for a, b in zip(before, scales.buffers(), strict=True))
+    assert t.model.eval()(torch.randn(8, 4)).isfinite().all()

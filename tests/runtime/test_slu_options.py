@@ -163,3 +163,10 @@ def test_gates_can_have_a_learning_rate_of_their_own() -> None:
     assert rates == {"weights": 0.1, "norms and biases": 0.1, "gates": 0.01}
     with pytest.raises(ConfigError, match=r"gates_lr = 0\.0 is not allowed"):
         t.param_groups(0.1, gates_lr=0.0)
+
+
+def test_the_first_single_logit_leaves_a_variance_to_divide_by() -> None:
+    t = transformed(per="batch")
+    images, labels = torch.randn(4, 12), torch.tensor([0, 1, 2, 3])
+    torch.nn.functional.cross_entropy(t.model(images), labels).backward()
+    assert all(float(gate.get_buffer("logit_var")) > 0.1 for gate in gates(t).gates)
