@@ -19,7 +19,6 @@ import argparse
 import csv
 import importlib
 import json
-import os
 import re
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -42,6 +41,7 @@ from e2pass.passes.manager import PassManager
 from e2pass.passes.outline import Outline
 from e2pass.passes.residual import search
 from e2pass.program import Program
+from e2pass.report import save
 from e2pass.verification import verify
 
 HERE = Path(__file__).resolve().parent
@@ -274,9 +274,7 @@ def write_table(groups: dict[str, list[Row]], left_out: list[str]) -> None:
             cells = [f"`{row.model}`", row.capture or "-", found, str(row.expected), gated]
             cells += [_difference(row.open_difference), _difference(row.skip_difference), row.rule, ". ".join(rest)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    unfinished = TABLE.with_suffix(".tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(unfinished, TABLE)
+    save("\n".join(lines) + "\n", TABLE)
 
 
 def main() -> None:

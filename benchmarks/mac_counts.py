@@ -35,6 +35,7 @@ import e2pass
 import e2pass.models
 from benchmarks import transformer_models
 from e2pass.cost import Phase
+from e2pass.report import save
 from e2pass.step.cost import StepCost
 
 HERE = Path(__file__).resolve().parent
@@ -231,9 +232,7 @@ def main() -> None:
         print(f"{name}: {'equal' if row.equal else 'DIFFERENT'} {_note(row)}", flush=True)
     if not options.only:
         text = table([done[name] for name, _, _ in models()])
-        temporary = TABLE.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(TABLE)
+        save(text, TABLE)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from benchmarks.onnx_pair import MODELS, session, vit_loss
 from e2pass.backends.onnx_export import export_inference
 from e2pass.demo.data import load_digits
 from e2pass.plan import Skip
+from e2pass.report import save
 from e2pass.transformed import Transformed
 
 BATCHES = (1, 7, 64)
@@ -147,7 +148,7 @@ def main() -> None:
             if name in done or options.only not in (None, name):
                 continue
             done[name] = measure(Case(model, preset), folder / f"{model}_{preset}")
-            options.out.write_text(json.dumps(done, indent=1) + "\n")
+            save(json.dumps(done, indent=1) + "\n", options.out)
             print(name, json.dumps(done[name]), flush=True)
 
 

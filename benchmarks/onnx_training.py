@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 
 from benchmarks.onnx_pair import BATCH, CONFIGS, MODELS, Pair, other_kernels
 from benchmarks.onnx_steps import steps
+from e2pass.report import save
 
 ROUNDED = 3
 """Epochs of each from weights that differ by rounding."""
@@ -117,9 +117,7 @@ def main() -> None:
             for part in parts:
                 result = steps(pair, folder / pair.path.stem) if part == "steps" else epoch(pair)
                 done.setdefault(case, {})[part] = result
-                unfinished = options.out.with_suffix(".tmp")
-                unfinished.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-                os.replace(unfinished, options.out)
+                save(json.dumps(done, indent=1) + "\n", options.out)
                 print(case, part, json.dumps(result), flush=True)
 
 

@@ -34,6 +34,7 @@ from e2pass.passes.lower import Lower
 from e2pass.passes.manager import PassManager
 from e2pass.passes.outline import Outline
 from e2pass.passes.price import Price
+from e2pass.report import save
 from e2pass.step.cost import price_step
 from e2pass.step.training_step import TrainingStep
 
@@ -185,7 +186,7 @@ def main() -> None:
 
     def keep() -> None:
         STATE.parent.mkdir(exist_ok=True)
-        STATE.write_text(json.dumps(done), encoding="utf-8")
+        save(json.dumps(done), STATE)
         print(json.dumps(done), flush=True)
 
     if "board" not in done:
@@ -199,9 +200,7 @@ def main() -> None:
             step, lowered = timed_sites(depth, options.batch)
             done["time"].append([depth, len(step), lowered, seconds(step)])
             keep()
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text(page(done, options.batch), encoding="utf-8")
-    temporary.replace(TABLE)
+    save(page(done, options.batch), TABLE)
 
 
 if __name__ == "__main__":

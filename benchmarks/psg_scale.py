@@ -20,6 +20,7 @@ from torch.nn import functional
 
 import e2pass
 from e2pass.demo.data import Images, load_digits
+from e2pass.report import save
 
 LR = {"transformer": 0.05, "resnet": 0.1}
 ADVISED = {"transformer": 0.001, "resnet": 0.03}
@@ -111,9 +112,7 @@ def main() -> None:
                     if key not in results:
                         results[key] = run(model, method, setting, seed, images)
                         print(key, f"{100 * results[key]:.1f} %", flush=True)
-                        temporary = options.out.with_suffix(".tmp")
-                        temporary.write_text(json.dumps(results, indent=1))
-                        temporary.replace(options.out)
+                        save(json.dumps(results, indent=1), options.out)
     print(table(results, options.seeds))
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 import e2pass
 from e2pass.models import resnet
+from e2pass.report import save
 
 Step = Callable[[], None]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -124,9 +125,7 @@ def main() -> None:
             )
         results[f"resnet{depth}"] = rows
         if args.out is not None:
-            temporary = args.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1))
-            temporary.replace(args.out)
+            save(json.dumps(results, indent=1), args.out)
 
 
 if __name__ == "__main__":

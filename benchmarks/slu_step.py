@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import e2pass
+from e2pass.report import save
 
 BATCH = 128
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -187,9 +188,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for model in filter(None, options.models.split(",")):
         results[model] = measure(model, options.rounds, options.clock)
-        unfinished = options.out.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, options.out)
+        save(json.dumps(results, indent=1) + "\n", options.out)
     if options.table:
         print(table(results))
 

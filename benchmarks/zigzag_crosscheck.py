@@ -34,6 +34,7 @@ from benchmarks.zigzag_side import Result, orderings, zigzag
 from e2pass.backends.fpga import FpgaCostModel, tilings
 from e2pass.backends.fpga.mapper import ArrayShape, _spread, map_nest
 from e2pass.backends.fpga.nest import Name, Nest, Window, _moved
+from e2pass.report import save
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "out" / "zigzag.jsonl"
@@ -282,9 +283,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     found = list(rows(FpgaCostModel("zedboard"), options.only, options.effort, options.at_most))
     if options.only is None:
-        temporary = TABLE.with_suffix(".tmp")
-        temporary.write_text(page(found, options.effort, timed=not options.untimed), encoding="utf-8")
-        temporary.replace(TABLE)
+        save(page(found, options.effort, timed=not options.untimed), TABLE)
 
 
 if __name__ == "__main__":

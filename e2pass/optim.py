@@ -48,17 +48,14 @@ class SignSGD(Optimizer):
         Raises:
             ConfigError: For a value that is not allowed.
         """
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ConfigError(
-                f"SignSGD(lr={lr}, momentum={momentum}, weight_decay={weight_decay}) is not allowed: lr and "
-                "weight_decay are at least 0, momentum from 0 to less than 1"
-            )
-        if sign_at not in get_args(SignAt):
-            raise ConfigError(f"sign_at = {sign_at!r} is not allowed; choose {' or '.join(get_args(SignAt))}")
-        if scale not in ("mean", "unit"):
-            raise ConfigError(f"scale = {scale!r} is not allowed; choose mean or unit")
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, {**settings, "sign_at": sign_at, "scale": scale, "sign": True})
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sign_at": sign_at, "scale": scale}
+        _check(settings)
+        super().__init__(params, {**settings, "sign": True})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose own values are checked as the optimizer's are."""
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -98,6 +95,19 @@ class SignSGD(Optimizer):
         torch._foreach_mul_(held, group["momentum"])
         torch._foreach_add_(held, updates)
         return held
+
+
+def _check(group: dict[str, Any]) -> None:
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+        raise ConfigError(
+            f"SignSGD(lr={lr}, momentum={momentum}, weight_decay={weight_decay}) is not allowed: lr and "
+            "weight_decay are at least 0, momentum from 0 to less than 1"
+        )
+    if group["sign_at"] not in get_args(SignAt):
+        raise ConfigError(f"sign_at = {group['sign_at']!r} is not allowed; choose {' or '.join(get_args(SignAt))}")
+    if group["scale"] not in ("mean", "unit"):
+        raise ConfigError(f"scale = {group['scale']!r} is not allowed; choose mean or unit")
 
 
 def _signs(values: Tensors, scale: str) -> list[Tensor]:

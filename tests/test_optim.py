@@ -74,6 +74,8 @@ def test_nan_is_no_sign() -> None:
 def test_what_is_not_allowed_is_one_sentence(bad: dict[str, object]) -> None:
     with pytest.raises(e2pass.E2PassError, match="not allowed"):
         SignSGD([weight(1.0)], **{"lr": 0.1, **bad})  # type: ignore[arg-type]
+    with pytest.raises(e2pass.E2PassError, match="not allowed"):
+        SignSGD([{"params": [weight(1.0)], **bad}], lr=0.1)
 
 
 def test_signs_of_the_sum_of_micro_batches() -> None:

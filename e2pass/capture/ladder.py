@@ -126,7 +126,8 @@ class _Ladder:
         if narrow is not None:
             self._report(*narrow, [reason for reason in reasons if not reason.startswith(narrow[0].rung + ":")])
             return narrow[0]
-        *others, last = (reason.partition(": ")[2] for reason in reasons)
+        found = [reason.partition(": ")[2] for reason in reasons]
+        *others, last = [*found, cumulative] if (cumulative := _cumulative_norm(self._model)) else found
         failure = CaptureError(f"{type(self._model).__name__} cannot be captured: {last}")
         for other in others:
             failure.add_note(f"tried before: {other}")
@@ -280,6 +281,14 @@ class _Ladder:
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))
+
+
+def _cumulative_norm(model: nn.Module) -> str:
+    """A norm whose momentum is one over the number of its calls, which no graph can hold; empty if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            return f"norm {name} has momentum=None, an average over all calls; give it a number such as 0.1"
+    return ""
 
 
 def _in_evaluation(model: nn.Module) -> list[str]:

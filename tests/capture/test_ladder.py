@@ -268,3 +268,9 @@ def test_a_gradient_that_is_no_number_is_equal_to_itself() -> None:
 
     result, _ = taken(Root(), ROWS)
     assert result.rung == "symbolic_trace"
+
+
+def test_a_norm_with_a_cumulative_average_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None))
+    with pytest.raises(CaptureError, match="cannot be captured: norm 1 has momentum=None"):
+        taken(model, IMAGES)
