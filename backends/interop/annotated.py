@@ -18,6 +18,13 @@ from e2pass.cost import TensorSpec
 from e2pass.step.graph import TrainingGraph
 from e2pass.step.node import GraphNode
 
+_STORED = {
+    ("i64", 64): ir.DataType.INT64,
+    ("i32", 32): ir.DataType.INT32,
+    ("f16", 16): ir.DataType.FLOAT16,
+    ("bf16", 16): ir.DataType.BFLOAT16,
+    ("b8", 1): ir.DataType.BOOL,
+}
 _TYPES = {64: ir.DataType.DOUBLE, 32: ir.DataType.FLOAT, 16: ir.DataType.INT16, 8: ir.DataType.INT8}
 
 
@@ -59,14 +66,18 @@ def _node(graph: TrainingGraph, node: GraphNode, values: dict[str, list[ir.Value
     )
     for index, value in enumerate(made.outputs):
         value.name = f"{node.name}:{index}"
-    for value, spec in zip(made.outputs, node.outputs, strict=False):
-        value.type, value.shape = ir.TensorType(_type(spec)), ir.Shape(spec.shape)
+    stored = node.dtypes or ("",) * len(node.outputs)
+    for value, spec, kind in zip(made.outputs, node.outputs, stored, strict=False):
+        value.type, value.shape = ir.TensorType(_type(spec, kind)), ir.Shape(spec.shape)
     values[node.name] = list(made.outputs)
     made.metadata_props.update(properties(graph, node))
     return made
 
 
-def _type(spec: TensorSpec) -> ir.DataType:
+def _type(spec: TensorSpec, stored: str) -> ir.DataType:
+    """The type as stored where all of its bits count, else the narrowest one that holds the codes of the true width."""
+    if (stored, spec.bits) in _STORED:
+        return _STORED[stored, spec.bits]
     return _TYPES.get(spec.bits, ir.DataType.INT8 if spec.bits < 8 else ir.DataType.INT16)
 
 

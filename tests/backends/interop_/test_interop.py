@@ -121,6 +121,20 @@ def test_annotated_file_holds_every_operation_with_its_cost(t: Transformed, tmp_
     assert sum(r["value"] for r in results.values()) == pytest.approx(t.graph.price.energy_j)
 
 
+def test_annotated_file_has_the_types_of_the_values(t: Transformed, tmp_path: Path) -> None:
+    model = onnx.load(write_annotated(t.graph, tmp_path / "step.onnx"))
+    found = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+    kinds = onnx.TensorProto
+    expected = {("i64", 64): kinds.INT64, ("f32", 32): kinds.FLOAT, ("i8", 8): kinds.INT8, ("b8", 1): kinds.BOOL}
+    met = set()
+    for node in t.graph.nodes:
+        for i, (stored, spec) in enumerate(zip(node.dtypes, node.outputs, strict=False)):
+            if (stored, spec.bits) in expected:
+                assert found[f"{node.name}:{i}"] == expected[stored, spec.bits]
+                met.add((stored, spec.bits))
+    assert met >= {("i64", 64), ("f32", 32), ("i8", 8)}
+
+
 def test_bad_targets_are_refused_and_nothing_is_left(t: Transformed, tmp_path: Path) -> None:
     for write in (write_annotated, write_model_explorer, write_scalesim, write_zigzag):
         with pytest.raises(InputError, match="is a folder"):
