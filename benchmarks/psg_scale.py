@@ -26,12 +26,14 @@ LR = {"transformer": 0.05, "resnet": 0.1}
 ADVISED = {"transformer": 0.001, "resnet": 0.03}
 """What the documentation advises for ``scale="unit"``: without and with batch norms."""
 EPOCHS, BATCH = 10, 32
-METHODS: dict[str, e2pass.Config | None] = {
-    "fp32": None,
-    "psg, mean": e2pass.Config(smd=None, slu=None),
-    "psg, unit": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit")),
-    "psg, unit, advised lr": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit")),
+UNIT = e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(scale="unit"))
+METHODS: dict[str, tuple[e2pass.Config | None, dict[str, float]]] = {
+    "fp32": (None, LR),
+    "psg, mean": (e2pass.Config(smd=None, slu=None), LR),
+    "psg, unit": (UNIT, LR),
+    "psg, unit, advised lr": (UNIT, ADVISED),
 }
+"""Each with its learning rates."""
 SETTINGS = ("plain", "clipped to 1", "loss x 1024")
 
 
@@ -59,10 +61,10 @@ def run(model: str, method: str, setting: str, seed: int, images: Images, epochs
     torch.manual_seed(seed)
     network = build(model)
     (x, y), (test_x, test_y) = images.train.tensors, images.test.tensors
-    config = METHODS[method]
+    config, rates = METHODS[method]
+    lr = rates[model]
     if config is not None:
         network = e2pass.transform(network, x[:BATCH], config=config).model
-    lr = (ADVISED if "advised" in method else LR)[model]
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     factor = 1024.0 if setting == "loss x 1024" else 1.0
     steps = epochs * (len(x) // BATCH)

@@ -13,6 +13,7 @@ from e2pass.config import GateKind, GatePer, Survival
 from e2pass.diagnostics import Diagnostics
 from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
+from e2pass.passes.mixing import mixing_bodies
 from e2pass.passes.residual.add_tree import operands_of
 from e2pass.program import Program
 from e2pass.runtime.gates import SLUGates
@@ -72,14 +73,21 @@ class InsertGates(Pass):
         return PassResult(program, True, diagnostics)
 
     def _leave_alone(self, program: Program, nodes: dict[str, fx.Node], diagnostics: Diagnostics) -> None:
-        """Frozen blocks: a gate would be the only reason for backward to go there. And projections, if so wished."""
+        """Frozen blocks: a gate would be the only reason for backward to go there. And projections, if so wished.
+
+        And bodies that mix samples, unless all samples decide alike: some of them alone would give other results.
+        """
         flow = gradient_flow(program.model, program.graphs["train"].graph)
-        for block, partner in zip(program.blocks["train"], program.blocks["eval"], strict=True):
+        pairs = list(zip(program.blocks["train"], program.blocks["eval"], strict=True))
+        mixes = mixing_bodies(program) if self.per == "sample" else [False] * len(pairs)
+        for (block, partner), mixed in zip(pairs, mixes, strict=True):
             if not block.gated:
                 continue
             reason = ""
             if not flow[nodes[block.join]]:
                 reason = "nothing in it or before it is trained"
+            elif mixed:
+                reason = "its body mixes the samples of a batch, so none of them can skip it alone; per='batch' can"
             elif block.kind == "projection" and not self.projections:
                 reason = "its skip path is a projection, and projections=False"
             if reason:
