@@ -150,8 +150,8 @@ class Config(_Section):
     """What ``transform`` applies; None turns a technique off.
 
     ``Config()`` is the preset ``e2train``; it counts what PSG predicts, since ``t.report(rates="measured")`` rests on
-    it. PSG needs quantized operands, so ``psg`` without ``bits`` is an error. ``compile=True`` runs what is lowered
-    through torch's inductor, which needs a C++ compiler.
+    it. PSG needs quantized operands, so ``psg`` without ``bits`` is an error. ``compile=True`` compiles
+    quantizers and the element-wise operators between them by torch's inductor, which needs a C++ compiler.
     """
 
     smd: SMD | None = SMD()

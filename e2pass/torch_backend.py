@@ -30,7 +30,7 @@ def psg_backend(psg: PSG | None = None, bits: Bits | None = None, *, compile: bo
     Args:
         psg: Options of PSG, default ``PSG()``.
         bits: Operand widths, default ``Bits()``.
-        compile: Compile both halves of each graph with inductor.
+        compile: Compile quantizers and element-wise operators with inductor.
 
     Raises:
         ConfigError: For options that need names of parameters or a state, and for ``compile`` without a compiler.

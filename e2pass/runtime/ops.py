@@ -21,7 +21,12 @@ _UNSEEN = 0.0
 
 
 def code_dtype(bits: int) -> torch.dtype:
-    """Return the narrowest integer dtype that holds symmetric codes of ``bits`` bits (at most 16)."""
+    """Return the narrowest integer dtype that holds symmetric codes of ``bits`` bits (at most 16).
+
+    In a compiled loop, where they are not in memory, all are 32 bits wide.
+    """
+    if torch.compiler.is_compiling():
+        return torch.int32
     return torch.int8 if bits <= 8 else torch.int16
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from e2pass.errors import E2PassError
 from e2pass.lowering import Halves, Joint, partition
-from e2pass.runtime import ops
+from e2pass.runtime.fusion import fuse
 
 CountSink = Callable[[str, Tensor], None]
 
@@ -26,11 +26,10 @@ class CompiledRegion:
     def __init__(self, joint: Joint, *, compile: bool = False) -> None:
         self.joint = joint
         self.halves: Halves = partition(joint)
-        run = through_compiler if compile else _as_it_is
-        self.forward, self.inference = run(self.halves.forward), run(self.halves.inference)
-        self.backward = (
-            _unboxed(through_compiler(self.halves.backward)) if compile else _consuming(self.halves.backward)
-        )
+        run = fuse if compile else _as_it_is
+        self.forward: Callable[..., Any] = run(self.halves.forward)
+        self.inference: Callable[..., Any] = run(self.halves.inference)
+        self.backward = _consuming(run(self.halves.backward))
         positions = {key: i for i, key in enumerate(self.halves.forward_inputs)}
         shadows = [key for kind, key in self.halves.backward_outputs if kind == "predicted"]
         self.shadows = [("param", key) for key in shadows]
@@ -113,7 +112,7 @@ class _Region(torch.autograd.Function):
         return (None, None, None, *region.in_order(results))
 
 
-def _as_it_is(half: fx.GraphModule) -> Callable[..., Any]:
+def _as_it_is(half: fx.GraphModule) -> fx.GraphModule:
     return half
 
 
@@ -126,22 +125,6 @@ def _consuming(half: fx.GraphModule) -> Callable[[list[Any]], Any]:
         known[node] = graph.call_method("pop", (arguments, 0))
     graph.output(graph.graph_copy(half.graph, known))
     return fx.GraphModule(half, graph)
-
-
-def _unboxed(half: Callable[..., Any]) -> Callable[[list[Any]], Any]:
-    return lambda arguments: half(*arguments)
-
-
-def through_compiler(half: fx.GraphModule, backend: str = "inductor") -> Callable[..., Any]:
-    """Compile a half; the own operators become their kernels' code, which inductor fuses with what is around it."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(half.graph, {}))
-    for node in graph.nodes:
-        node.target = ops.KERNELS.get(node.target, node.target)
-    compiled: Callable[..., Any] = torch.compile(
-        fx.GraphModule(half, graph), dynamic=True, fullgraph=True, backend=backend
-    )
-    return compiled
 
 
 def _in_traced_layout(grad: Tensor, spec: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class LoweringCache:
         Args:
             rewrites: Applied to each joint graph, in order.
             opaque: Regions that could not be lowered, as diagnostics say.
-            compile: Compile both halves of each graph with inductor.
+            compile: Compile quantizers and element-wise operators with inductor.
         """
         self.rewrites = tuple(rewrites)
         self.compile = compile

@@ -14,7 +14,6 @@ import e2pass
 from e2pass import PSG, Bits, Config
 from e2pass.runtime import ops
 from e2pass.runtime.module import SelectionCounts
-from e2pass.runtime.region import through_compiler
 from e2pass.transformed import Transformed
 from tests.lowering.layers import region
 from tests.zoo import PooledHead, conv_bn
@@ -314,22 +313,3 @@ def test_accumulated_signs_are_a_vote_and_retain_graph_repeats_it() -> None:
     assert torch.equal(weight.grad, 2 * once)
     t.model(x).backward(-gy)
     torch.testing.assert_close(weight.grad, once)
-
-
-def test_halves_trace_whole_for_a_compiler() -> None:
-    """What ``compile=True`` gives to inductor, through a backend that takes no minute (benchmarks/psg_step.py --compile
-    runs inductor itself)."""
-    torch.manual_seed(0)
-    layer, x, gy = nn.Conv2d(3, 4, 3, bias=False), torch.randn(4, 3, 6, 6), torch.randn(4, 4, 4, 4)
-    plain, traced = (region(layer, (4, 3, 6, 6), Bits(), PSG(stats=True)) for _ in range(2))
-    traced.forward = through_compiler(traced.halves.forward, backend="aot_eager")
-    backward_half = through_compiler(traced.halves.backward, backend="aot_eager")
-    traced.backward = lambda arguments: backward_half(*arguments)
-    gradients, counts = [], SelectionCounts()
-    for one in (plain, traced):
-        layer.weight.grad = None
-        (out,), _ = one([layer.weight, x], [], counts.add)
-        out.backward(gy)
-        gradients.append((out, layer.weight.grad))
-    torch.testing.assert_close(*gradients)
-    assert counts.counts["layer.weight"][2] == 2 * layer.weight.numel()
