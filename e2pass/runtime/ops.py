@@ -23,9 +23,10 @@ _UNSEEN = 0.0
 def code_dtype(bits: int) -> torch.dtype:
     """Return the narrowest integer dtype that holds symmetric codes of ``bits`` bits (at most 16).
 
-    In a compiled loop, where they are not in memory, all are 32 bits wide.
+    In a compiled loop, where they are not in memory, all are 32 bits wide: dynamo reads this code only to compile it,
+    while other traces, an export's too, run the operators' fake kernels and see true widths.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.int32
     return torch.int8 if bits <= 8 else torch.int16
 
