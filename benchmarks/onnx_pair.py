@@ -87,8 +87,14 @@ class Pair:
 
     def onnx_step(self, where: Any, state: Arrays, session: onnxruntime.InferenceSession | None = None) -> Arrays:
         session = session or self.session
-        feeds = {self.key: self.x[where].numpy(), "target": self.y[where].numpy(), **state}
+        rates = {f"lr.{g['name'].replace(' ', '_')}": np.array(g["lr"], np.float32) for g in self.opt.param_groups}
+        feeds = {self.key: self.x[where].numpy(), "target": self.y[where].numpy(), **rates, **state}
         return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+
+    def set_rate(self, lr: float) -> None:
+        """Train with learning rate ``lr`` from here on, in both."""
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     def test_loss(self) -> float:
         """Mean loss of the test images in evaluation mode."""

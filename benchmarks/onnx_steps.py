@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,88 +98,115 @@ class GivenCodes:
 
 
 class FullPrecision:
-    """Each step of a model in full precision; those in which an activation was on the other side of a kink apart."""
+    """Each step of a model in full precision, and once more in PyTorch with every activation on onnxruntime's side."""
 
     def __init__(self, pair: Pair) -> None:
-        self.pair, self.kinked = pair, KinksInOnnx(pair.path)
+        self.pair, self.activations = pair, OnnxActivations(pair.path)
         self.distances: list[float] = []
-        self.steps = {"without_flips": 0, "with_flips": 0}
-        self.worst: dict[str, dict[str, float]] = {kind: {} for kind in self.steps}
-        self.mismatches = {kind: Mismatches() for kind in self.steps}
+        self.signs, self.equal, self.worst_step = 0, 0, 1.0
+        self.worst: dict[str, float] = {}
+        self.mismatches = Mismatches()
 
     def step(self, where: Any) -> tuple[Arrays, float]:
         """One step in both; returns onnxruntime's results and PyTorch's loss."""
-        found = self.pair.onnx_step(where, self.pair.state(), self.kinked.session)
-        double = gradients_in_double(self.pair, where)
-        with Kinks() as kinks:
-            loss = self.pair.torch_step(where)
-        flips = self.kinked.flipped(kinks, found)
-        self.distances += flips
-        kind = "with_flips" if flips else "without_flips"
-        self.steps[kind] += 1
-        raise_to(self.worst[kind], differences(self.pair, found))
-        self.mismatches[kind].add(found, gradients(self.pair.t.model), double)
-        return found, loss
+        found = self.pair.onnx_step(where, self.pair.state(), self.activations.session)
+        sides = self.activations.values(found)
+        double = gradients_in_double(self.pair, where, sides)
+        with self.pair.put_back():
+            with GivenSides(sides) as given:
+                self.pair.torch_step(where)
+            if self.activations.expected and not given.calls:
+                raise RuntimeError("the file has activations with a kink, but none was seen in PyTorch")
+            self.distances += given.distances
+            raise_to(self.worst, differences(self.pair, found))
+            self.count(found, gradients(self.pair.t.model), double)
+        return found, self.pair.torch_step(where)
+
+    def count(self, found: Arrays, single: Arrays, double: Arrays) -> None:
+        same = sum(int((np.sign(found[f"grad.{n}"]) == np.sign(g)).sum()) for n, g in single.items())
+        count = sum(g.size for g in single.values())
+        self.signs, self.equal = self.signs + count, self.equal + same
+        self.worst_step = min(self.worst_step, same / count)
+        self.mismatches.add(found, single, double)
 
     def result(self) -> dict[str, Any]:
         return {
-            "steps": self.steps,
-            "flipped_activations": len(self.distances),
-            "flip_distance_of_peak": max(self.distances, default=0.0),
-            "differences": self.worst,
-            "unequal_signs": {kind: m.result() for kind, m in self.mismatches.items()},
+            "activations_on_another_side": len(self.distances),
+            "their_distance_of_peak": max(self.distances, default=0.0),
+            "given_sides": {
+                "equal_share": self.equal / self.signs,
+                "equal_share_worst_step": self.worst_step,
+                "differences": self.worst,
+                "unequal_signs": self.mismatches.result(),
+            },
         }
 
 
-KINKS: dict[Any, tuple[float, ...]] = {functional.relu: (0.0,), torch.relu: (0.0,), functional.relu6: (0.0, 6.0)}
+KINKED: dict[Any, Callable[..., tuple[float, float]]] = {
+    functional.relu: lambda **_: (0.0, float("inf")),
+    torch.relu: lambda **_: (0.0, float("inf")),
+    functional.relu6: lambda **_: (0.0, 6.0),
+    functional.hardtanh: lambda min_val=-1.0, max_val=1.0, **_: (min_val, max_val),
+}
+"""Activations, and the places of their kinks by the keywords of the call."""
 
 
-class Kinks(TorchFunctionMode):
-    """Keeps what went into each ReLU or ReLU6, and what came out."""
+class GivenSides(TorchFunctionMode):
+    """ReLU and hard tanh take each value as on the side of the kink on which onnxruntime found it.
 
-    def __init__(self) -> None:
+    Attributes:
+        calls: Activations seen.
+        distances: How far from its kink each value lies that was on another side, relative to the peak.
+    """
+
+    def __init__(self, values: list[np.ndarray[Any, Any]]) -> None:
         super().__init__()
-        self.seen: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], tuple[float, ...]]] = []
+        self.values, self.calls = values, 0
+        self.distances: list[float] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kinks = KINKS.get(function)
-        before = args[0].detach().clone().numpy() if kinks else None
+        if function not in KINKED:
+            return function(*args, **(kwargs or {}))
+        x, (low, high) = args[0], KINKED[function](**(kwargs or {}))
+        before = x.detach().numpy().copy()
         result = function(*args, **(kwargs or {}))
-        if kinks and before is not None:
-            self.seen.append((before, result.detach().clone().numpy(), kinks))
-        return result
+        self.calls += 1
+        theirs = self.counterpart(before, result.detach().numpy())
+        below, above = theirs <= low, theirs >= high
+        other = ((before <= low) != below) | ((before >= high) != above)
+        if not other.any():
+            return result
+        peak = float(np.abs(before).max())
+        self.distances += (np.minimum(np.abs(before - low), np.abs(before - high))[other] / peak).tolist()
+        return torch.where(torch.from_numpy(below), low, torch.where(torch.from_numpy(above), high, x))
+
+    def counterpart(self, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What onnxruntime had of the activation: what went in, or what came out."""
+        pairs = [(v, mine) for v in self.values if v.shape == before.shape for mine in (before, after)]
+        closest, mine = min(pairs, key=lambda pair: float(np.abs(pair[0] - pair[1]).max()))
+        if float(np.abs(closest - mine).max()) > 1e-3 * float(np.abs(mine).max()):
+            raise RuntimeError(f"no output of the file is the activation of shape {before.shape}")
+        return closest
 
 
-class KinksInOnnx:
-    """The exported step with its activations as further outputs."""
+class OnnxActivations:
+    """The exported step with its activations, and what bodies of blocks save, as further outputs."""
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path)
         taken = {o.name for o in model.graph.output}
-        self.names = []
-        for node in model.graph.node:
-            if node.op_type in ("Relu", "Clip") or (node.op_type == "If" and node.name.endswith("_Body")):
-                self.names += [name for name in node.output if name not in taken]
+        kinked = [node for node in model.graph.node if node.op_type in ("Relu", "Clip", "aten_hardtanh")]
+        bodies = [node for node in model.graph.node if node.op_type == "If" and node.name.endswith("_Body")]
+        self.expected = any(node.op_type != "Clip" for node in kinked)  # a clip may be the clamp of the gates' price
+        self.names = [name for node in kinked + bodies for name in node.output if name not in taken]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)
-        other = path.with_suffix(".kinks.onnx")
+        other = path.with_suffix(".activations.onnx")
         onnx.save(model, other)
         self.session = session(other)
         other.unlink()
 
-    def flipped(self, kinks: Kinks, found: Arrays) -> list[float]:
-        """How far from its kink each activation lies that is on another side than in PyTorch, relative to the peak."""
-        values = [found[name] for name in self.names]
-        distances: list[float] = []
-        for before, after, where in kinks.seen:
-            pairs = [(v, mine) for v in values if v.shape == before.shape for mine in (before, after)]
-            ours, theirs = min(pairs, key=lambda pair: float(np.abs(pair[0] - pair[1]).max()))
-            peak = float(np.abs(ours).max())
-            if float(np.abs(ours - theirs).max()) > 1e-3 * peak:
-                raise RuntimeError(f"no output of the file is the activation of shape {before.shape}")
-            for kink in where:
-                other = (ours > kink) != (theirs > kink)
-                distances += (np.maximum(np.abs(ours - kink), np.abs(theirs - kink))[other] / peak).tolist()
-        return distances
+    def values(self, found: Arrays) -> list[np.ndarray[Any, Any]]:
+        return [found[name] for name in self.names]
 
 
 class Mismatches:
@@ -187,11 +215,13 @@ class Mismatches:
     Attributes:
         of_zero: Those in tensors whose exact gradient is zero: all that PyTorch finds there is rounding error.
         others: The exact gradient of each other one, relative to the largest one of its tensor.
+        bound: The same, relative to PyTorch's own largest rounding error in the tensor.
     """
 
     def __init__(self) -> None:
         self.of_zero = 0
         self.others: list[float] = []
+        self.bound: list[float] = []
 
     def add(self, found: Arrays, single: Arrays, exact: Arrays) -> None:
         for name, gradient in single.items():
@@ -201,6 +231,8 @@ class Mismatches:
                 self.of_zero += int(wrong.sum())
             else:
                 self.others += (np.abs(exact[name][wrong]) / peak).tolist()
+                rounding = float(np.abs(gradient - exact[name]).max())
+                self.bound += (np.abs(exact[name][wrong]) / rounding).tolist()
 
     def result(self) -> dict[str, Any]:
         return {
@@ -208,6 +240,7 @@ class Mismatches:
             "others": len(self.others),
             "median_of_peak": float(np.median(self.others)) if self.others else 0.0,
             "largest_of_peak": max(self.others, default=0.0),
+            "largest_of_rounding_error": max(self.bound, default=0.0),
         }
 
 
@@ -216,10 +249,11 @@ def gradients(model: torch.nn.Module) -> Arrays:
     return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def gradients_in_double(pair: Pair, where: Any) -> Arrays:
-    """The gradients of the step from the same state, computed in double precision."""
+def gradients_in_double(pair: Pair, where: Any, sides: list[np.ndarray[Any, Any]]) -> Arrays:
+    """The gradients of the step from the same state and with the same sides, computed in double precision."""
     twin = copy.deepcopy(pair.t.model).double()
-    pair.loss(pair.run(twin, pair.x[where].double()), pair.y[where]).backward()
+    with GivenSides(sides):
+        pair.loss(pair.run(twin, pair.x[where].double()), pair.y[where]).backward()
     return gradients(twin)
 
 

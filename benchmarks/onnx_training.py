@@ -2,18 +2,19 @@
 
     python -m benchmarks.onnx_training [--only resnet20/e2train] [--part steps] [--out out/onnx_training.json]
 
-For each model and preset: 20 batches, each step from PyTorch's own state, and one epoch of both, free. Finished cases
-and parts of them are kept in the output file and not run again.
+For each model and preset: 20 batches, each step from PyTorch's own state; one epoch of both, free, from the initial
+weights; and another from weights that PyTorch has trained for five epochs. Finished cases and parts of them are kept in
+the output file and not run again.
 
 Two correct runs differ by more than rounding where a value lies within rounding error of a kink. So these are measured:
 
 - full precision: activations that only one of the two found positive (or below 6), and how far from the kink they lie;
-  parameters are compared in the steps without such an activation, and apart in the others; and how near to zero, in
-  double precision, the gradients lie whose signs differ;
+  signs and parameters once more with PyTorch's activations on onnxruntime's sides; and, for each sign that still
+  differs, the gradient in double precision beside PyTorch's own rounding error;
 - low precision: with PyTorch's codes given to both (``tests.backends.onnx_export_.identical``), every sign that is not
   the exact one and how near it is to a tie, and every quantizer that found another code and how near that is to one;
 - whole steps, free codes: the share of equal signs, beside that between PyTorch with oneDNN and without it;
-- the epoch: the loss at its end, in both from the same weights and from three that differ from them by rounding, so
+- an epoch: the loss at its end, in both from the same weights and from three that differ from them by rounding, so
   that what is drift and what would be a bias can be told apart; and PyTorch's without oneDNN.
 """
 
@@ -34,15 +35,18 @@ from e2pass.report import save
 
 ROUNDED = 3
 """Epochs of each from weights that differ by rounding."""
-PARTS = ("steps", "epoch")
+PARTS = ("steps", "epoch", "later epoch")
+WARM = 5
+"""Epochs in PyTorch before the later one."""
+WARM_LR = {"vit": 0.01}
+"""Learning rates of these epochs, else 0.05; the later one has a tenth."""
 LAST = 10
 """Batches whose mean loss is that of the end of an epoch."""
 
 
 def epoch(pair: Pair) -> dict[str, Any]:
     """One epoch of both from the same state and from the same rounded ones, and of PyTorch by other kernels."""
-    order = torch.randperm(len(pair.y), generator=torch.Generator().manual_seed(2))
-    batches = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
+    batches = shuffled(pair, 2)
     ends: dict[str, list[dict[str, float]]] = {"torch": [], "torch_without_onednn": [], "onnxruntime": []}
     seconds = {"torch": 0.0, "onnxruntime": 0.0}
     for seed in range(1 + ROUNDED):
@@ -64,6 +68,21 @@ def epoch(pair: Pair) -> dict[str, Any]:
         "ratio_of_means": float(np.mean(training["onnxruntime"]) / np.mean(training["torch"])),
         "cpu_s_per_step": {runner: s / len(batches) / (1 + ROUNDED) for runner, s in seconds.items()},
     }
+
+
+def later_epoch(pair: Pair, lr: float) -> dict[str, Any]:
+    """The same from weights that PyTorch has trained."""
+    with pair.put_back():
+        pair.set_rate(lr)
+        losses = [loss for seed in range(WARM) for loss in torch_epoch(pair, shuffled(pair, 10 + seed))]
+        pair.set_rate(lr / 10)
+        return {"before": end(pair, losses), **epoch(pair)}
+
+
+def shuffled(pair: Pair, seed: int) -> list[torch.Tensor]:
+    """The batches of an epoch."""
+    order = torch.randperm(len(pair.y), generator=torch.Generator().manual_seed(seed))
+    return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
 
 
 def round_weights(pair: Pair, seed: int) -> None:
@@ -101,7 +120,9 @@ def end(pair: Pair, losses: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one case, MODEL/PRESET")
-    parser.add_argument("--part", choices=PARTS, help="only the 20 steps from PyTorch's state, or only the free epoch")
+    parser.add_argument(
+        "--part", choices=PARTS, help="only the 20 steps from PyTorch's state, or one of the free epochs"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/onnx_training.json"))
     options = parser.parse_args()
     folder = options.out.parent / "onnx_training"
@@ -115,7 +136,10 @@ def main() -> None:
                 continue
             pair = Pair(model, preset, folder)
             for part in parts:
-                result = steps(pair, folder / pair.path.stem) if part == "steps" else epoch(pair)
+                if part == "steps":
+                    result = steps(pair, folder / pair.path.stem)
+                else:
+                    result = epoch(pair) if part == "epoch" else later_epoch(pair, WARM_LR.get(model, 0.05))
                 done.setdefault(case, {})[part] = result
                 save(json.dumps(done, indent=1) + "\n", options.out)
                 print(case, part, json.dumps(result), flush=True)

@@ -331,12 +331,11 @@ def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tens
             mean.copy_((1.0 - momentum) * mean + momentum * batch_mean)
             var.copy_((1.0 - momentum) * var + momentum * batch_var)
         return out
-    if slu.per == "batch":
-        with torch.no_grad():
-            momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM)
-            away = (logit - mean).view(1)
-            var.copy_((var + momentum * away.square()) * (1.0 - momentum))
-            mean.copy_(mean + momentum * away)
+    with torch.no_grad():
+        momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM)
+        away = (logit - mean).view(1)
+        var.copy_((var + momentum * away.square()) * (1.0 - momentum))
+        mean.copy_(mean + momentum * away)
     return nn.functional.batch_norm(logit, mean.clone(), var.clone(), eps=1e-8)
 
 

@@ -198,7 +198,7 @@ class SLUGates(nn.Module):
             # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
             momentum = self.MOMENTUM if current.step > 0 else 1.0
             return functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=1e-8)
-        if learning and self.per == "batch":
+        if learning:
             # One logit has no spread of its own, so running statistics have to do.
             with torch.no_grad():
                 momentum = max(self.MOMENTUM, 1.0 / (current.step + 2))  # one whole would leave a variance of 0

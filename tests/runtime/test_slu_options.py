@@ -170,3 +170,15 @@ def test_the_first_single_logit_leaves_a_variance_to_divide_by() -> None:
     images, labels = torch.randn(4, 12), torch.tensor([0, 1, 2, 3])
     torch.nn.functional.cross_entropy(t.model(images), labels).backward()
     assert all(float(gate.get_buffer("logit_var")) > 0.1 for gate in gates(t).gates)
+
+
+def test_gates_that_learn_from_single_samples_tell_inputs_apart() -> None:
+    torch.manual_seed(0)
+    t = transformed()
+    inputs = 3.0 + torch.randn(300, 12)
+    for x in inputs:
+        torch.nn.functional.cross_entropy(t.model(x[None]), torch.tensor([0])).backward()
+    t.model.eval()
+    t.model(inputs)
+    blocks = t.stats()["slu"]["blocks"].values()
+    assert all(block["spread_eval"] > 0.2 for block in blocks)

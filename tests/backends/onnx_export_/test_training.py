@@ -224,6 +224,21 @@ def test_full_precision_agrees_to_rounding(digits: tuple[Tensor, Tensor], tmp_pa
     assert not np.array_equal(stored["0.weight"], t.model.state_dict()["0.weight"].numpy())
 
 
+def test_steps_of_one_sample_move_the_statistics_of_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 1, 12), torch.tensor([[0], [1], [2]])
+    t = e2pass.transform(vector_net(vector_residual(16), vector_residual(16)), x[0], config="slu")
+    opt = torch.optim.SGD(t.param_groups(0.01), lr=0.01, momentum=0.9)
+    pair = Pair(t, opt, export_training(t, x[0], y[0], tmp_path / "step.onnx", optimizer=opt))
+    for sample, label in zip(x, y, strict=True):
+        before = pair.state()
+        found = pair.onnx_step(sample, label, before)
+        pair.torch_step(sample, label)
+        moved = [n for n in before if n.endswith(("logit_mean", "logit_var")) and before[n] != found[f"next.{n}"]]
+        assert len(moved) == 4
+        assert all(difference < 1e-5 for name, difference in pair.differences(found).items() if name in moved)
+
+
 @pytest.mark.parametrize(
     "make",
     [
