@@ -1,7 +1,7 @@
 """The documents keep their promises: Python blocks run, relative links and make targets exist.
 
 All blocks of a file run in order in one namespace, in an empty folder. A comment ``<!-- not run: why -->`` on the line
-before a block excuses it.
+before a block excuses it. What a text block after a comment ``<!-- printed -->`` shows must be among what they print.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from e2pass.transformed import Transformed
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^(?P<excuse><!-- not run: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^<!-- printed -->\n```text\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<path>[^)#\s]+)")
 
 
@@ -44,13 +45,23 @@ def runnable(path: Path) -> list[Block]:
     return [block for block in python_blocks(path.read_text(encoding="utf-8")) if not block.excused]
 
 
+def stripped(text: str) -> str:
+    """Without spaces at the ends of lines and without empty lines."""
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
 @pytest.mark.parametrize("document", [pytest.param(p, id=p.name) for p in DOCUMENTS if runnable(p)])
-def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in runnable(document):
         padding = "\n" * (block.line - 1)  # so that a traceback names the line of the document
         exec(compile(padding + block.code, str(document), "exec"), namespace)
+    printed = stripped(capsys.readouterr().out)
+    for shown in PRINTED.finditer(document.read_text(encoding="utf-8")):
+        assert stripped(shown["text"]) in printed
 
 
 @pytest.mark.parametrize("document", [pytest.param(p, id=p.name) for p in DOCUMENTS])
