@@ -14,7 +14,7 @@ Two correct runs differ by more than rounding where a value lies within rounding
 - low precision: with PyTorch's codes given to both (``tests.backends.onnx_export_.identical``), every sign that is not
   the exact one and how near it is to a tie, and every quantizer that found another code and how near that is to one;
 - whole steps, free codes: the share of equal signs, beside that between PyTorch with oneDNN and without it;
-- an epoch: the loss at its end, in both from the same weights and from three that differ from them by rounding, so
+- an epoch: the loss at its end, in both from the same weights and from some that differ from them by rounding, so
   that what is drift and what would be a bias can be told apart; and PyTorch's without oneDNN.
 """
 
@@ -33,8 +33,6 @@ from benchmarks.onnx_pair import BATCH, CONFIGS, MODELS, Pair, other_kernels
 from benchmarks.onnx_steps import steps
 from e2pass.report import save
 
-ROUNDED = 3
-"""Epochs of each from weights that differ by rounding."""
 PARTS = ("steps", "epoch", "later epoch")
 WARM = 5
 """Epochs in PyTorch before the later one."""
@@ -44,12 +42,12 @@ LAST = 10
 """Batches whose mean loss is that of the end of an epoch."""
 
 
-def epoch(pair: Pair) -> dict[str, Any]:
-    """One epoch of both from the same state and from the same rounded ones, and of PyTorch by other kernels."""
+def epoch(pair: Pair, rounded: int) -> dict[str, Any]:
+    """One epoch of both from the same state and from ``rounded`` others, and of PyTorch by other kernels."""
     batches = shuffled(pair, 2)
     ends: dict[str, list[dict[str, float]]] = {"torch": [], "torch_without_onednn": [], "onnxruntime": []}
     seconds = {"torch": 0.0, "onnxruntime": 0.0}
-    for seed in range(1 + ROUNDED):
+    for seed in range(1 + rounded):
         for runner, run in (("torch", torch_epoch), ("onnxruntime", onnx_epoch)):
             with pair.put_back():
                 if seed > 0:
@@ -66,17 +64,17 @@ def epoch(pair: Pair) -> dict[str, Any]:
         "ends": ends,
         "mean_training_loss": {runner: float(np.mean(found)) for runner, found in training.items()},
         "ratio_of_means": float(np.mean(training["onnxruntime"]) / np.mean(training["torch"])),
-        "cpu_s_per_step": {runner: s / len(batches) / (1 + ROUNDED) for runner, s in seconds.items()},
+        "cpu_s_per_step": {runner: s / len(batches) / (1 + rounded) for runner, s in seconds.items()},
     }
 
 
-def later_epoch(pair: Pair, lr: float) -> dict[str, Any]:
+def later_epoch(pair: Pair, rounded: int, lr: float) -> dict[str, Any]:
     """The same from weights that PyTorch has trained."""
     with pair.put_back():
         pair.set_rate(lr)
         losses = [loss for seed in range(WARM) for loss in torch_epoch(pair, shuffled(pair, 10 + seed))]
         pair.set_rate(lr / 10)
-        return {"before": end(pair, losses), **epoch(pair)}
+        return {"before": end(pair, losses), **epoch(pair, rounded)}
 
 
 def shuffled(pair: Pair, seed: int) -> list[torch.Tensor]:
@@ -123,6 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=PARTS, help="only the 20 steps from PyTorch's state, or one of the free epochs"
     )
+    parser.add_argument("--rounded", type=int, default=3, help="epochs of each from weights that differ by rounding")
     parser.add_argument("--out", type=Path, default=Path("out/onnx_training.json"))
     options = parser.parse_args()
     folder = options.out.parent / "onnx_training"
@@ -139,7 +138,9 @@ def main() -> None:
                 if part == "steps":
                     result = steps(pair, folder / pair.path.stem)
                 else:
-                    result = epoch(pair) if part == "epoch" else later_epoch(pair, WARM_LR.get(model, 0.05))
+                    lr = WARM_LR.get(model, 0.05)
+                    rounded = options.rounded
+                    result = epoch(pair, rounded) if part == "epoch" else later_epoch(pair, rounded, lr)
                 done.setdefault(case, {})[part] = result
                 save(json.dumps(done, indent=1) + "\n", options.out)
                 print(case, part, json.dumps(result), flush=True)
