@@ -143,12 +143,12 @@ class FullPrecision:
 
 
 KINKED: dict[Any, Callable[..., tuple[float, float]]] = {
-    functional.relu: lambda **_: (0.0, float("inf")),
-    torch.relu: lambda **_: (0.0, float("inf")),
-    functional.relu6: lambda **_: (0.0, 6.0),
-    functional.hardtanh: lambda min_val=-1.0, max_val=1.0, **_: (min_val, max_val),
+    functional.relu: lambda *_, **__: (0.0, float("inf")),
+    torch.relu: lambda *_, **__: (0.0, float("inf")),
+    functional.relu6: lambda *_, **__: (0.0, 6.0),
+    functional.hardtanh: lambda min_val=-1.0, max_val=1.0, *_, **__: (min_val, max_val),
 }
-"""Activations, and the places of their kinks by the keywords of the call."""
+"""Activations, and the places of their kinks by what the call has beside its input."""
 
 
 class GivenSides(TorchFunctionMode):
@@ -167,7 +167,7 @@ class GivenSides(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in KINKED:
             return function(*args, **(kwargs or {}))
-        x, (low, high) = args[0], KINKED[function](**(kwargs or {}))
+        x, (low, high) = args[0], KINKED[function](*args[1:], **(kwargs or {}))
         before = x.detach().numpy().copy()
         result = function(*args, **(kwargs or {}))
         self.calls += 1

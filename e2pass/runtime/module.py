@@ -16,7 +16,7 @@ from e2pass.errors import E2PassError
 from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.gates import SLUGates, processes_wait
 from e2pass.runtime.merge import merge_gathered, merge_masked
-from e2pass.runtime.runner import LoweringCache, RegionRunner
+from e2pass.runtime.runner import LoweringCache, RegionRunner, fetch
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.shared import SumThenSign
 from e2pass.runtime.steps import StepCounter
@@ -142,7 +142,7 @@ class E2Module(nn.Module):
             return {}
         made: dict[str, tuple[Tensor, Tensor]] = {}
         for name in set(self._executable.shared.values()):
-            weight = self.get_parameter(name)
+            weight = fetch(self, name)  # an exported step swaps tensors in for the parameters
             if weight.requires_grad:
                 made[name] = SumThenSign.apply(weight, name, psg, self.e2_counts.add)  # type: ignore[no-untyped-call]
         return {alias: made[name] for alias, name in self._executable.shared.items() if name in made}

@@ -237,7 +237,7 @@ class RegionRunner:
                 if kind == "scale":
                     scales.append(value)
                 else:
-                    _write(_fetch(self.owner, name), value, share)
+                    _write(fetch(self.owner, name), value, share)
             if scales and training:
                 on_scales(self.region.name, compiled.joint.scales, scales)
         return tuple(values)
@@ -268,7 +268,7 @@ class RegionRunner:
             elif kind == "step":
                 tensors.append(self.owner.e2_steps.count.clone())  # type: ignore[union-attr, operator]  # backward reads it later
             else:
-                tensors.append(overrides[name][0] if name in overrides else _fetch(self.owner, name))
+                tensors.append(overrides[name][0] if name in overrides else fetch(self.owner, name))
         return tensors
 
     def _find(
@@ -352,7 +352,8 @@ def _slot(owner: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return (module._parameters if module._parameters.get(leaf) is not None else module._buffers), leaf
 
 
-def _fetch(owner: nn.Module, name: str) -> Tensor:
+def fetch(owner: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name, or the tensor that stands in for it."""
     registry, leaf = _slot(owner, name)
     tensor: Tensor = registry[leaf]
     return tensor

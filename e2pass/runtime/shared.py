@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from e2pass.config import PSG
-from e2pass.runtime import ops
+from e2pass.runtime import ops  # registers torch.ops.e2pass
+
+e2 = torch.ops.e2pass
 
 
 class SumThenSign(torch.autograd.Function):
@@ -30,15 +32,15 @@ class SumThenSign(torch.autograd.Function):
     def backward(ctx: Any, full: Tensor, predicted: Tensor) -> Any:
         """Select, sign and scale the summed gradients."""
         psg: PSG = ctx.psg
-        tau = ops.threshold(predicted, psg.beta) if psg.tau is None else ops.fixed_threshold(predicted, psg.tau)
+        tau = e2.threshold(predicted, psg.beta) if psg.tau is None else e2.fixed_threshold(predicted, psg.tau)
         if psg.stats:
             ctx.on_counts(ctx.name, ops.agreement(predicted, full, tau))
-        chosen = ops.sparsify(predicted, tau) if psg.sparsify else ops.select(predicted, full, tau)
+        chosen = e2.sparsify(predicted, tau) if psg.sparsify else e2.select(predicted, full, tau)
         return _signed(chosen, predicted, psg), None, None, None
 
 
 def _signed(chosen: Tensor, predicted: Tensor, psg: PSG) -> Tensor:
     if not psg.sign:
         return chosen
-    update = ops.sign(chosen)
+    update: Tensor = e2.sign(chosen)
     return update * predicted.abs().mean() if psg.scale == "mean" else update

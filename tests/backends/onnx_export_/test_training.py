@@ -239,6 +239,27 @@ def test_steps_of_one_sample_move_the_statistics_of_logits(tmp_path: Path) -> No
         assert all(difference < 1e-5 for name, difference in pair.differences(found).items() if name in moved)
 
 
+def test_gradients_of_a_block_that_is_called_twice_are_summed_before_the_sign(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 8, 12), torch.randint(0, 10, (3, 8))
+    block = vector_residual(16)
+    t = e2pass.transform(vector_net(block, block), x[0], config="e2train")
+    opt = torch.optim.SGD(t.param_groups(0.05), lr=0.05, momentum=0.9)
+    path = export_training(t, x[0], y[0], tmp_path / "step.onnx", optimizer=opt, gradients=True)
+    pair, shared = Pair(t, opt, path), {"1.body.1.weight", "1.body.3.weight"}
+    assert set(t.model._executable.shared.values()) == shared
+    for batch, labels in zip(x, y, strict=True):
+        found = pair.onnx_step(batch, labels, pair.state())
+        assert float(found["loss"]) == pytest.approx(pair.torch_step(batch, labels), rel=1e-5)
+        for name in shared:
+            gradient = t.model.get_parameter(name).grad
+            assert gradient is not None
+            assert len(gradient.unique()) == 2  # a sum of signs would have zeros and twice the magnitude too
+            np.testing.assert_allclose(found[f"grad.{name}"], gradient.numpy(), rtol=1e-5)
+        differences = pair.differences(found).items()
+        assert all(d < 1e-4 for name, d in differences if not name.startswith("e2_slu.head.bias"))
+
+
 @pytest.mark.parametrize(
     "make",
     [
