@@ -6,6 +6,7 @@ This is the one module that touches torch's experimental joint-graph interface.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -193,6 +194,17 @@ def _without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """An operator that refuses its operands is an error, whose message says all; torch also logs where it came from."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
 def _has_recurrent_layer(module: fx.GraphModule) -> bool:
     """OneDNN's fused recurrent layer keeps a workspace only under autograd and cannot be cut into two halves.
 
@@ -212,7 +224,7 @@ def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, cl
     wrapped = _Interpreted(module, clone_outputs)
     with contextlib.ExitStack() as stack:
         try:
-            with mode, torch.enable_grad():
+            with mode, torch.enable_grad(), _without_tracebacks():
                 args = tuple(_fake_input(spec, size) for spec in specs)
                 exported = aot_autograd.aot_export_joint_with_descriptors(stack, wrapped, args)
         except Exception as error:

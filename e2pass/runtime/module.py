@@ -20,6 +20,7 @@ from e2pass.runtime.runner import LoweringCache, RegionRunner, fetch
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.shared import SumThenSign
 from e2pass.runtime.steps import StepCounter
+from e2pass.runtime.undo import Slot, slots, undone_on_failure
 
 
 class Executable:
@@ -95,6 +96,19 @@ class E2Module(nn.Module):
             cache = self._executable.cache
             runners[mode] = {r.name: RegionRunner(r, self, cache) for r in plan.regions}
         self._runners = runners
+        statistics = {name for runner in runners["train"].values() for name in runner.statistics}
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        moved: list[Slot] = [slot for norm in norms for slot in slots(norm)]
+        for name in statistics:
+            parent, _, leaf = name.rpartition(".")
+            moved.append((self.get_submodule(parent)._buffers, leaf))
+        self._statistics = list({(id(registry), leaf): (registry, leaf) for registry, leaf in moved}.values())
+
+    def _moved(self) -> list[Slot]:
+        """Buffers that a call in training changes before it is over."""
+        if not self.training:
+            return []
+        return [*self._statistics, *slots(self.e2_slu), *slots(self.e2_scales)]
 
     def source(self) -> nn.Module:
         """The original module, whose parameters, buffers and mode these are."""
@@ -111,26 +125,32 @@ class E2Module(nn.Module):
         return self.execute(args, kwargs, masked=False)
 
     def execute(self, args: Sequence[Any], kwargs: dict[str, Any], *, masked: bool) -> Any:
-        """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero."""
+        """Run the plan of the present mode, skipping blocks for real or (``masked``) multiplying them by zero.
+
+        After an exception the statistics, scales and gates are as they were before the call.
+        """
         executable = self._executable
         if torch._C._functorch.maybe_current_level() is not None:
             raise E2PassError(
                 "a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there"
             )
         values: dict[str, Any] = dict(zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True))
-        run = _Run(self, values, masked)
-        if self.e2_slu is not None:
-            self.e2_slu.begin()
-        for step in self._plan.steps:
-            run.step(step)
-            for name in step.release:
-                values.pop(name, None)
+        with undone_on_failure(self._moved(), self.e2_slu):
+            self._walk(_Run(self, values, masked))
         if self.e2_slu is not None:
             self.e2_slu.settle()
         if self.e2_steps is not None and self.training and torch.is_grad_enabled():
             self.e2_steps.count += 1
         output = tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, self._plan.output)
         return executable.capture.rebuild(output, self.training)
+
+    def _walk(self, run: _Run) -> None:
+        if self.e2_slu is not None:
+            self.e2_slu.begin()
+        for step in self._plan.steps:
+            run.step(step)
+            for name in step.release:
+                run.values.pop(name, None)
 
     @property
     def _plan(self) -> Plan:

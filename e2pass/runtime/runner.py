@@ -59,7 +59,8 @@ class LoweringCache:
         self.rewrites = tuple(rewrites)
         self.compile = compile
         self.entries: dict[tuple[Any, ...], list[CompiledRegion]] = {}
-        self.failed = set(opaque)
+        self.failed = frozenset(opaque)
+        self.refused: dict[tuple[Any, ...], str] = {}
         self.contiguous: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweringCache:
@@ -67,15 +68,17 @@ class LoweringCache:
 
     def find(self, key: tuple[Any, ...], batch: int, make: Callable[[], Joint], frozen: bool) -> CompiledRegion:
         """The compiled region for ``key`` that accepts ``batch``, lowered now if there is none."""
-        compiled = self.entries.setdefault(key, [])
-        for candidate in compiled:
+        if key in self.refused:
+            raise LoweringError(self.refused[key])
+        for candidate in self.entries.get(key, ()):
             if candidate.joint.accepts(batch):
                 return candidate
         joint = make()
         for rewrite in self.rewrites:
             rewrite(joint, frozen)
-        compiled.append(CompiledRegion(joint, compile=self.compile))
-        return compiled[-1]
+        compiled = CompiledRegion(joint, compile=self.compile)
+        self.entries.setdefault(key, []).append(compiled)
+        return compiled
 
 
 def bind_module(graph: fx.Graph, owner: nn.Module) -> fx.GraphModule:
@@ -141,13 +144,20 @@ class RegionRunner:
             try:
                 return self._run_lowered(self.cache, graph, inputs, batch, share, overrides, on_counts, on_scales)
             except LoweringError as error:
-                self._give_up(self.cache, error)
-                return self._run_eager(graph, inputs, share)
+                results = self._run_eager(graph, inputs, share)  # fails too where it is the call that is wrong
+                self._give_up(self.cache, graph, inputs, batch, error)
+                return results
 
-    def _give_up(self, cache: LoweringCache, error: LoweringError) -> None:
-        """Run as plain PyTorch from now on, and say so: no diagnostic of ``transform`` did."""
-        cache.failed.add(self.region.name)
-        warnings.warn(f"region {self.region.name} runs in full precision: {error}", stacklevel=2)
+    def _give_up(
+        self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int, error: LoweringError
+    ) -> None:
+        """Run calls like this one as plain PyTorch from now on, and say so: no diagnostic of ``transform`` did."""
+        layouts = {self._layouts(cache, inputs), (False,) * len(inputs)}
+        refused = {self._key(graph, inputs, batch, layout) for layout in layouts}
+        known = not refused.isdisjoint(cache.refused)
+        cache.refused.update(dict.fromkeys(refused, str(error)))
+        if not known:
+            warnings.warn(f"region {self.region.name} runs in full precision: {error}", stacklevel=2)
 
     @contextmanager
     def _norms_in_evaluation(self, wanted: bool) -> Iterator[None]:
@@ -226,8 +236,7 @@ class RegionRunner:
     ) -> tuple[Tensor, ...]:
         training = self.owner.training
         compiled = self._find(cache, graph, inputs, batch)
-        if self._channels_last(cache):
-            inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
+        inputs = [_arranged(t, last) for t, last in zip(inputs, self._layouts(cache, inputs), strict=True)]
         tensors = self.arguments(compiled, inputs, overrides)
         shadows = [overrides[name][1] for _, name in compiled.shadows]
         values, side = compiled(tensors, shadows, on_counts)
@@ -249,7 +258,7 @@ class RegionRunner:
         try:
             return self._find(self.cache, self.eager, inputs, batch)
         except LoweringError as error:
-            self._give_up(self.cache, error)
+            self._give_up(self.cache, self.eager, inputs, batch, error)
             return None
 
     def arguments(
@@ -274,25 +283,42 @@ class RegionRunner:
     def _find(
         self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
     ) -> CompiledRegion:
-        if self._channels_last(cache):
-            try:
-                return self._compiled(cache, graph, inputs, batch)
-            except LoweringError:  # it looks at strides: a view of what would have to be copied first
-                cache.contiguous.add(self.region.name)
-        return self._compiled(cache, graph, inputs, batch)
+        plain, layouts = (False,) * len(inputs), self._layouts(cache, inputs)
+        if layouts == plain:
+            return self._compiled(cache, graph, inputs, batch, plain)
+        try:
+            return self._compiled(cache, graph, inputs, batch, layouts)
+        except LoweringError:  # it may look at strides: a view of what would have to be copied first
+            compiled = self._compiled(cache, graph, inputs, batch, plain)
+            cache.contiguous.add(self.region.name)
+            return compiled
 
-    def _channels_last(self, cache: LoweringCache) -> bool:
-        """Whether the region computes on images with the channels last, in which convolutions are faster."""
-        return self.convolves and self.region.name not in cache.contiguous
+    def _layouts(self, cache: LoweringCache, inputs: Sequence[Tensor]) -> tuple[bool, ...]:
+        """Which inputs a call takes with the channels last: images where it convolves, elsewhere what comes so."""
+        if self.region.name in cache.contiguous:
+            return (False,) * len(inputs)
+        return tuple(t.dim() == 4 and (self.convolves or _channels_last(t)) for t in inputs)
 
     def _compiled(
-        self, cache: LoweringCache, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int
+        self,
+        cache: LoweringCache,
+        graph: fx.GraphModule,
+        inputs: Sequence[Tensor],
+        batch: int,
+        layouts: tuple[bool, ...],
     ) -> CompiledRegion:
-        specs = self._specs(inputs, batch, self._channels_last(cache))
-        frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
-        frozen_norms = graph is self.frozen
-        key = (self.region.name, frozen, frozen_norms, specs, self._baked(), _autocast(inputs))
+        key = self._key(graph, inputs, batch, layouts)
+        specs = self._specs(inputs, batch, layouts)
+        frozen = not self.owner.training
         return cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen)
+
+    def _key(
+        self, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int, layouts: tuple[bool, ...]
+    ) -> tuple[Any, ...]:
+        """Everything that a lowering of this call bakes in."""
+        specs = self._specs(inputs, batch, layouts)
+        frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
+        return self.region.name, frozen, graph is self.frozen, specs, self._baked(), _autocast(inputs)
 
     def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
         """The region's joint graph, before any rewrite."""
@@ -304,15 +330,14 @@ class RegionRunner:
         yield from self.region.graph.find_nodes(op="placeholder")
         yield from self.region.graph.output_node().all_input_nodes
 
-    def _specs(self, inputs: Sequence[Tensor], batch: int, channels_last: bool) -> tuple[ValueSpec, ...]:
+    def _specs(self, inputs: Sequence[Tensor], batch: int, layouts: tuple[bool, ...]) -> tuple[ValueSpec, ...]:
         """The planned specs with the gradients this call wants; plain sizes where the call's shapes are others."""
         specs = []
         grad = torch.is_grad_enabled()
-        for tensor, planned in zip(inputs, self.region.specs, strict=True):
+        for tensor, planned, layout in zip(inputs, self.region.specs, layouts, strict=True):
             fits = tuple(tensor.shape) == planned.concrete(batch) and tensor.dtype == planned.dtype
             shape = planned.shape if fits else tuple(tensor.shape)
             wants = (tensor.requires_grad and grad) or (not grad and planned.requires_grad)
-            layout = channels_last and tensor.dim() == 4
             specs.append(ValueSpec(shape, tensor.dtype, wants and tensor.is_floating_point(), layout))
         return tuple(specs)
 
@@ -329,6 +354,15 @@ def _autocast(inputs: Sequence[Tensor]) -> torch.dtype | None:
     """The type that autocast computes in where the inputs are, None where it is off."""
     kind = inputs[0].device.type if inputs else "cpu"
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _arranged(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor in the memory order that its region was traced with: views in the graph hold for no other."""
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _convolves_images(graph: fx.Graph, modules: Sequence[nn.Module]) -> bool:
