@@ -31,7 +31,8 @@ def _explain(section: type[BaseModel], error: ValidationError) -> str:
         return f"{section.__name__} has no key {key!r}; the valid keys are {', '.join(section.model_fields)}"
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
-    return f"{section.__name__}.{key} = {first['input']!r} is not allowed: {first['msg']}"
+    wanted = first["msg"].replace("Input should", "it should", 1)
+    return f"{section.__name__}.{key} = {first['input']!r} is not allowed: {wanted}"
 
 
 class SMD(_Section):

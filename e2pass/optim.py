@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -97,12 +98,20 @@ class SignSGD(Optimizer):
         return held
 
 
+def is_number(value: object) -> bool:
+    """Whether something is a finite real number, or a tensor that holds one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return False
+    return (not isinstance(value, Tensor) or value.numel() == 1) and math.isfinite(value)
+
+
 def _check(group: dict[str, Any]) -> None:
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+    numbers = all(map(is_number, (lr, momentum, weight_decay)))
+    if not numbers or lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
         raise ConfigError(
-            f"SignSGD(lr={lr}, momentum={momentum}, weight_decay={weight_decay}) is not allowed: lr and "
-            "weight_decay are at least 0, momentum from 0 to less than 1"
+            f"SignSGD(lr={lr!r}, momentum={momentum!r}, weight_decay={weight_decay!r}) is not allowed: lr and "
+            "weight_decay are numbers from 0, momentum one from 0 to less than 1"
         )
     if group["sign_at"] not in get_args(SignAt):
         raise ConfigError(f"sign_at = {group['sign_at']!r} is not allowed; choose {' or '.join(get_args(SignAt))}")

@@ -15,9 +15,11 @@ from e2pass.blocks import ResidualBlock
 from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, InputError
+from e2pass.optim import is_number
 from e2pass.program import Program
 from e2pass.report import CostReport
 from e2pass.runtime.gates import SLUGates
+from e2pass.runtime.mismatch import mismatch
 from e2pass.runtime.module import E2Module
 from e2pass.step.build import build_graph
 from e2pass.step.graph import TrainingGraph, Writers
@@ -83,9 +85,11 @@ class Transformed:
             Groups ``weights`` (two dimensions or more), ``norms and biases`` and ``gates``; only the first has
             ``sign=True``, which ``e2pass.optim.SignSGD`` reads and torch's optimizers ignore.
         """
-        for name, rate in (("lr", lr), ("gates_lr", gates_lr)):
-            if rate is not None and rate <= 0:
-                raise ConfigError(f"{name} = {rate!r} is not allowed; a learning rate is positive")
+        for name, rate in (("lr", lr), ("gates_lr", lr if gates_lr is None else gates_lr)):
+            if not is_number(rate) or rate <= 0:
+                raise ConfigError(f"{name} = {rate!r} is not allowed; a learning rate is a positive number")
+        if not is_number(weight_decay) or weight_decay < 0:
+            raise ConfigError(f"weight_decay = {weight_decay!r} is not allowed; it is a number from 0")
         gates = {id(p) for p in self._slu.parameters()} if self._slu is not None else set()
         own = [p for p in self.model.parameters() if id(p) not in gates]
         weights, vectors = [p for p in own if p.dim() > 1], [p for p in own if p.dim() <= 1]
@@ -229,20 +233,48 @@ class Transformed:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore what ``state_dict`` returned; without a loader here the place in that of the saved run is left out.
 
         Raises:
-            InputError: If ``state`` is not what ``state_dict`` returned.
+            InputError: If ``state`` is not what ``state_dict`` returned, or that of another model or configuration;
+                then nothing was restored.
+            LoaderError: If it is that of a run with other data or another ``SMD``.
         """
+        generators = self._checked(state)
+        if self._loader_has_state:
+            self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
+
+    @property
+    def _loader_has_state(self) -> bool:
+        return hasattr(self.loader, "load_state_dict")
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """The states of both generators, after a look whether all parts of ``state`` fit."""
+        if not isinstance(state, Mapping):
+            raise InputError(f"a state is what t.state_dict() returned, not a {type(state).__name__}")
         missing = {"model", "loader", "random"} - set(state)
         if missing:
             raise InputError(f"the state has no {', '.join(sorted(missing))}; give what t.state_dict() returned")
-        self.model.load_state_dict(state["model"])
-        if state["loader"] is not None and hasattr(self.loader, "load_state_dict"):
-            self.loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["random"]["torch"])
-        version, internal, gauss = state["random"]["python"]
-        random.setstate((version, tuple(internal), gauss))
+        if not isinstance(state["model"], Mapping):
+            raise InputError(f"the state's 'model' is a {type(state['model']).__name__}, no state dict")
+        wrong = mismatch(self.model, state["model"])
+        if wrong:
+            raise InputError(f"the state is not one of this model: {wrong}")
+        if state["loader"] is None and self._loader_has_state:
+            raise InputError(
+                "the state is of a run without a loader, and cannot say where in an epoch this one goes on"
+            )
+        try:
+            version, internal, gauss = state["random"]["python"]
+            python = (version, tuple(internal), gauss)
+            random.Random().setstate(python)
+            torch.Generator().set_state(state["random"]["torch"])
+        except (TypeError, ValueError, KeyError, RuntimeError):
+            raise InputError("the state's 'random' is not the state of PyTorch's and Python's generators") from None
+        return state["random"]["torch"], python
 
 
 def _selection(predicted: float, agreed: float, elements: float, bound: float) -> dict[str, float | int | None]:

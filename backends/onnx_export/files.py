@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from e2pass.backends.onnx_export.functions import OPSET, add_functions
 from e2pass.errors import ExportError, InputError
+from e2pass.runtime.mismatch import mismatch
 from e2pass.runtime.module import E2Module
 
 LARGEST = 2**31 - 2**20
@@ -72,24 +73,8 @@ def checkpoint_into(module: E2Module, checkpoint: Mapping[str, Any] | str | Path
     try:
         twin.load_state_dict(state)
     except Exception as error:
-        raise InputError(f"the checkpoint is not one of this model: {_mismatch(twin, state) or error}") from None
+        raise InputError(f"the checkpoint is not one of this model: {mismatch(twin, state) or error}") from None
     return twin
-
-
-def _mismatch(module: E2Module, state: Mapping[str, Any]) -> str:
-    """Which tensors a state dict lacks, has besides, or has in other shapes; empty if it is none of these."""
-    own = module.state_dict()
-    odd = [n for n in own.keys() & state.keys() if getattr(own[n], "shape", None) != getattr(state[n], "shape", None)]
-    parts = {
-        "it lacks": sorted(own.keys() - state.keys()),
-        "it has besides": sorted(state.keys() - own.keys()),
-        "other shapes have": sorted(odd),
-    }
-    return "; ".join(f"{what} {_some(names)}" for what, names in parts.items() if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def check_size(model: ir.Model) -> None:

@@ -33,6 +33,16 @@ class Rates:
     batch: int = 1
     source: str = "assumed"
 
+    def __post_init__(self) -> None:
+        shares = {"drop": self.drop, "default_use": self.default_use}
+        shares |= {f"skip[{gate}]": share for gate, share in self.skip.items()}
+        shares |= {f"use[{weight!r}]": share for weight, share in self.use.items()}
+        for name, share in shares.items():
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"Rates.{name} = {share!r} is not allowed; it is a share, from 0 to 1")
+        if self.batch < 1:
+            raise ConfigError(f"Rates.batch = {self.batch!r} is not allowed; a mini-batch has at least one sample")
+
     def executed(self, gate: int | None) -> float:
         """Share of the samples that run what ``gate`` decides about; 1 for None."""
         return 1.0 if gate is None else 1.0 - self.skip.get(gate, 0.0)
