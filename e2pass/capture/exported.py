@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from e2pass.capture.binding import Binding
+from e2pass.capture.dice import Outcomes, Settled
 from e2pass.capture.origin import explain, line_of_trace
 from e2pass.capture.output import OutputForm, flatten
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
@@ -33,17 +35,19 @@ class _Cell:
 class _Flat(nn.Module):
     """The model as a function of its placeholders that returns a flat tuple."""
 
-    def __init__(self, model: nn.Module, binding: Binding, cell: _Cell) -> None:
+    def __init__(self, model: nn.Module, binding: Binding, cell: _Cell, outcomes: Outcomes) -> None:
         super().__init__()
         self.model = model
         self._binding = binding
-        self._cell = cell
+        self.cell = cell
+        self._outcomes = outcomes
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Call the model; remember the form of what it returned."""
         call = self._binding.call_with(tensors)
         buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
-        values, self._cell.form = flatten(self.model(*call.args, **call.kwargs))
+        with Settled(self._outcomes) if self._outcomes else nullcontext():
+            values, self.cell.form = flatten(self.model(*call.args, **call.kwargs))
         # torch.export loses `self.buffer = value` in nested modules; as a write into the buffer it is kept
         for module, before in buffers:
             for name, buffer in before.items():
@@ -54,7 +58,13 @@ class _Flat(nn.Module):
         return tuple(values)
 
 
-def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], batched: Sequence[bool]) -> Draft:
+def draft(
+    model: nn.Module,
+    binding: Binding,
+    tensors: Sequence[torch.Tensor],
+    batched: Sequence[bool],
+    outcomes: tuple[Outcomes, Outcomes],
+) -> Draft:
     """Export ``model`` in both modes.
 
     Args:
@@ -62,6 +72,7 @@ def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], b
         binding: The call to export.
         tensors: One example per placeholder, with a batch of at least two.
         batched: Which of them have the batch in dimension 0.
+        outcomes: What Python reads of random numbers in training and in evaluation.
 
     Raises:
         RungError: If the model cannot be exported, or holds something that a flat graph cannot.
@@ -71,9 +82,9 @@ def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], b
     forms: list[OutputForm] = []
     sizes: list[tuple[int | None, ...]] = []
     guards: list[Callable[[int], bool]] = []
-    for training in (True, False):
+    for training, read in zip((True, False), outcomes, strict=True):
         model.train(training)
-        program, form = _export(model, binding, tensors, batched)
+        program, form = _export(_Flat(model, binding, _Cell(), read), tensors, batched)
         graphs.append(_Flattener(program, model, binding, constants).run())
         forms.append(form)
         sizes = _merge(sizes, _sizes(program))
@@ -92,18 +103,16 @@ def draft(model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], b
 
 
 def _export(
-    model: nn.Module, binding: Binding, tensors: Sequence[torch.Tensor], batched: Sequence[bool]
+    flat: _Flat, tensors: Sequence[torch.Tensor], batched: Sequence[bool]
 ) -> tuple[ExportedProgram, OutputForm]:
-    cell = _Cell()
-    flat = _Flat(model, binding, cell)
-    flat.training = model.training
+    flat.training = flat.model.training
     shapes = tuple({0: Dim.AUTO} if of_batch else None for of_batch in batched)
     try:
         with quiet():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise RungError(explain(error)) from error
-    return program, cell.form
+    return program, flat.cell.form
 
 
 def _sizes(program: ExportedProgram) -> list[tuple[int | None, ...]]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from e2pass.capture import exported, symbolic
 from e2pass.capture.binding import Binding
+from e2pass.capture.dice import Outcomes, dice_of
 from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.origin import explain
 from e2pass.capture.rung import Draft, RungError, graft
@@ -103,6 +104,7 @@ class _Ladder:
         self._binding = Binding(model, inputs)
         self._inputs = inputs
         self._proof, self._expected = self._run_original()
+        self._outcomes = (self._idle_throws(True), self._idle_throws(False))
 
     def climb(self) -> Capture:
         """Try one rung after the other."""
@@ -134,14 +136,15 @@ class _Ladder:
         raise failure
 
     def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
-        yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding)
+        yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding, self._outcomes)
         yield "export", self._export
-        yield "symbolic_trace+leaves", lambda: symbolic.draft_with_leaves(self._work, self._binding)
+        yield "symbolic_trace+leaves", lambda: symbolic.draft_with_leaves(self._work, self._binding, self._outcomes)
 
     def _export(self) -> Draft:
         inputs = self._inputs.with_batch(max(2, self._inputs.batch_size))
         tensors = self._binding.bind(*_fresh(inputs))
-        return exported.draft(self._work, self._binding, tensors, [inputs.is_batched(t) for t in tensors])
+        batched = [inputs.is_batched(t) for t in tensors]
+        return exported.draft(self._work, self._binding, tensors, batched, self._outcomes)
 
     def _refused_batches(self, draft: Draft, remarks: Diagnostics) -> list[int]:
         """Batch sizes near the example's that the graph does not hold for; farther ones are only remarked on."""
@@ -172,6 +175,22 @@ class _Ladder:
     def _run(self, inputs: Inputs, training: bool) -> Run:
         tensors = self._binding.bind(*_fresh(inputs))
         return run_model(self._work, self._binding.call_with(tensors), training)
+
+    def _idle_throws(self, training: bool) -> Outcomes:
+        """What Python reads of random numbers; a model that decides by chance is refused: a graph holds one throw."""
+
+        def call() -> Any:
+            bound = self._binding.call_with(self._binding.bind(*_fresh(self._proof)))
+            return self._work(*bound.args, **bound.kwargs)
+
+        dice = dice_of(self._work, call, training)
+        if dice.line:
+            raise CaptureError(
+                f"{type(self._model).__name__} decides by a random number in Python at {dice.line}, and a graph would "
+                "hold one throw for ever; set the probability there to 0 (as layerdrop=0.0), and let "
+                'SLU(gate="random") drop blocks instead'
+            )
+        return dice.outcomes
 
     def _finish(self, draft: Draft) -> tuple[Capture, Diagnostics]:
         """Give a draft its modules and shapes, and prove it."""

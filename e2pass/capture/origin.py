@@ -18,7 +18,8 @@ _LADDER = os.path.join(_HERE, "ladder.py")  # what is below it on the stack is t
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def _is_user_file(path: str) -> bool:
+def is_user_file(path: str) -> bool:
+    """Whether a source file may be the model's: it is neither torch's, nor Python's, nor of this folder."""
     if path.startswith((_TORCH, _HERE, "<")):
         return False
     return "site-packages" in path or not path.startswith(_STDLIB)
@@ -32,10 +33,15 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 def current_line() -> str:
     """Return ``file.py:12`` of the innermost running line of the model's code; ``""`` if all of it is torch's."""
-    for frame in _frames(sys._getframe(1)):
+    return line_of_frame(sys._getframe(1))
+
+
+def line_of_frame(innermost: FrameType) -> str:
+    """Return ``file.py:12`` of the line of the model's code that ``innermost`` is in or was called by, or ``""``."""
+    for frame in _frames(innermost):
         if frame.f_code.co_filename == _LADDER:
             return ""
-        if _is_user_file(frame.f_code.co_filename):
+        if is_user_file(frame.f_code.co_filename):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
     return ""
 
@@ -43,7 +49,7 @@ def current_line() -> str:
 def line_of_trace(stack_trace: str | None) -> str:
     """Return ``file.py:12`` of the innermost user frame of a node's ``stack_trace``, or ``""``."""
     for path, line in reversed(_FRAME.findall(stack_trace or "")):
-        if _is_user_file(path):
+        if is_user_file(path):
             return f"{os.path.basename(path)}:{line}"
     return ""
 
@@ -51,7 +57,7 @@ def line_of_trace(stack_trace: str | None) -> str:
 def line_of_error(error: BaseException) -> str:
     """Return ``file.py:12 (source text)`` of the innermost user frame that ``error`` passed, or ``""``."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _is_user_file(frame.filename):
+        if is_user_file(frame.filename):
             return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.line})"
     return ""
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from e2pass.capture.binding import Binding
+from e2pass.capture.dice import DRAWS, Outcomes
 from e2pass.capture.functional import IN_PLACE_OPERATORS
 from e2pass.capture.origin import current_line, explain, line_of_error
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
@@ -47,8 +50,11 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a buffer read into a Python value would be frozen into the graph
 
-    def __init__(self, binding: Binding, leaves: frozenset[str], constants: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, binding: Binding, leaves: frozenset[str], constants: dict[str, torch.Tensor], outcomes: Outcomes
+    ) -> None:
         super().__init__(autowrap_modules=(math,))
+        self._outcomes = iter(outcomes)
         self._binding = binding
         self._leaves = leaves
         self._constants = constants
@@ -106,6 +112,14 @@ class _Tracer(fx.Tracer):
             return False
         return bool(type(m).forward.__module__.startswith(("torch.nn.", "torch.ao.nn.")))
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide by an idle throw, whose outcome is known; every other value is unknown."""
+        if _is_drawn(obj.node):
+            outcome = next(self._outcomes, None)
+            if isinstance(outcome, bool):  # else Python read a number, of which the comparison is not known
+                return outcome
+        return super().to_bool(obj)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -150,13 +164,49 @@ def _autograd_functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
         del base.apply
 
 
+class _DrawsRecorded(TorchFunctionMode):
+    """Makes ``torch.rand(4)`` an operation of the graph: called while tracing, it would be frozen into it."""
+
+    def __init__(self, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Record ``func`` if it draws; where it has a traced argument, it is recorded anyway."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in DRAWS or any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if name.endswith("_"):
+            raise RungError("it draws random numbers into a tensor that is no part of the graph")
+        return self._tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether a value comes of random numbers and constants alone."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in DRAWS and not node.all_input_nodes:
+        return True
+    return (
+        node.op in ("call_function", "call_method")
+        and bool(node.all_input_nodes)
+        and all(_is_drawn(source) for source in node.all_input_nodes)
+    )
+
+
 def _trace(
-    model: nn.Module, binding: Binding, training: bool, leaves: frozenset[str], constants: dict[str, torch.Tensor]
+    model: nn.Module,
+    binding: Binding,
+    training: bool,
+    leaves: frozenset[str],
+    constants: dict[str, torch.Tensor],
+    outcomes: Outcomes,
 ) -> tuple[fx.Graph, _Tracer]:
     model.train(training)
-    tracer = _Tracer(binding, leaves, constants)
+    tracer = _Tracer(binding, leaves, constants, outcomes)
     try:
-        with _autograd_functions_recorded(tracer):
+        with _autograd_functions_recorded(tracer), _DrawsRecorded(tracer):
             graph = tracer.trace(model)
     except Exception as error:
         line = line_of_error(error)
@@ -171,27 +221,30 @@ def _is_impure(node: fx.Node) -> bool:
     return node.op != "get_attr"
 
 
-def draft(model: nn.Module, binding: Binding, leaves: frozenset[str] = frozenset()) -> Draft:
+def draft(
+    model: nn.Module, binding: Binding, outcomes: tuple[Outcomes, Outcomes], leaves: frozenset[str] = frozenset()
+) -> Draft:
     """Trace ``model`` in both modes.
 
     Args:
         model: The model; attributes that its ``forward`` sets will hold proxies, so give a copy or restore it.
         binding: The call to trace.
+        outcomes: What Python reads of random numbers in training and in evaluation.
         leaves: Paths of modules not to trace into.
 
     Raises:
         RungError: If tracing fails; ``failed_in`` names the innermost module.
     """
     constants: dict[str, torch.Tensor] = {}
-    train, tracer = _trace(model, binding, True, leaves, constants)
-    evaluated, _ = _trace(model, binding, False, leaves, constants)
+    train, tracer = _trace(model, binding, True, leaves, constants, outcomes[0])
+    evaluated, _ = _trace(model, binding, False, leaves, constants, outcomes[1])
     if same_graph(train, evaluated):
         evaluated = train
     rung = "symbolic_trace+leaves" if leaves else "symbolic_trace"
     return Draft(rung, (train, evaluated), constants, leaves=tuple(sorted(tracer.leaves_met)))
 
 
-def draft_with_leaves(model: nn.Module, binding: Binding) -> Draft:
+def draft_with_leaves(model: nn.Module, binding: Binding, outcomes: tuple[Outcomes, Outcomes]) -> Draft:
     """Trace ``model`` with as few and as small opaque modules as it takes.
 
     The module in which tracing fails becomes a leaf; if then its parent fails, the parent does.
@@ -202,7 +255,7 @@ def draft_with_leaves(model: nn.Module, binding: Binding) -> Draft:
     leaves: frozenset[str] = frozenset()
     while True:
         try:
-            return draft(model, binding, leaves)
+            return draft(model, binding, outcomes, leaves)
         except RungError as failure:
             path = failure.failed_in
             while path in leaves:

@@ -175,9 +175,9 @@ def test_the_parent_becomes_the_leaf_when_leaving_out_the_child_is_not_enough() 
 
 def test_random_numbers_are_not_frozen_into_the_graph() -> None:
     model = FreshNoise()
-    result, diagnostics = taken(model, ROWS)
-    assert result.rung == "export"
-    assert any("differs" in d.message for d in diagnostics.with_code("E2P101"))
+    result, _ = taken(model, ROWS)
+    assert result.rung == "symbolic_trace"
+    assert equal_in_training(model, result, Inputs.of(ROWS))
     first, second = (result.train(*result.bind((ROWS,), {}))[0] for _ in range(2))
     assert not torch.equal(first, second)
 
