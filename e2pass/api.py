@@ -17,7 +17,7 @@ from e2pass.compiler import require_compiler
 from e2pass.config import PSG, SLU, SMD, Bits, Config, resolve
 from e2pass.cost import CostModel
 from e2pass.diagnostics import Diagnostics, Severity
-from e2pass.errors import InputError, StrictError
+from e2pass.errors import ConfigError, InputError, StrictError
 from e2pass.inputs import Inputs
 from e2pass.passes.base import Pass
 from e2pass.passes.drop_batches import DropBatches
@@ -79,6 +79,10 @@ def transform(
         StrictError: With ``strict``, naming everything that could not be transformed.
     """
     settings = resolve(config)
+    if loss is not None and not callable(loss):
+        raise ConfigError(
+            f"loss is a {type(loss).__name__}; give a function of output and target that returns one number"
+        )
     if settings.compile:
         require_compiler()
     cost_model = _cost_model(board)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import e2pass
+from e2pass.backends.onnx_export import export_training
 from e2pass.errors import ConfigError, E2PassError, InputError, LoaderError
 from e2pass.optim import SignSGD
 from e2pass.transformed import Transformed
@@ -156,3 +158,45 @@ def test_options_out_of_range_say_what_is_allowed() -> None:
     refused(lambda: e2pass.SLU(skip=1.5), "SLU.skip = 1.5", "less than 1", kind=ConfigError)
     refused(lambda: e2pass.Bits(w=17), "Bits.w = 17", "less than or equal to 16", kind=ConfigError)
     refused(lambda: e2pass.SMD(drop=1.0), "no key 'drop'", "p, seed, coast", kind=ConfigError)  # type: ignore[call-arg]
+
+
+LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "vector": (lambda output, target: nn.functional.cross_entropy(output, target, reduction="none"), "one number"),
+    "float": (lambda output, target: 1.0, "returns a float"),
+    "None": (lambda output, target: None, "returns a NoneType"),
+    "tuple": (lambda output, target: (output.sum(), 1), "returns a tuple"),
+    "detached": (lambda output, target: output.detach().sum(), "no gradient"),
+    "accuracy": (lambda output, target: (output.argmax(1) == target).float().mean(), "no gradient"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_are_none(name: str, tmp_path: Path) -> None:
+    loss, words = LOSSES[name]
+    t = e2pass.transform(image_net(conv_residual(8)), IMAGES, config="neutral", loss=loss)
+    t.report()
+    (said,) = [str(d) for d in t.diagnostics if d.code == "E2P602"]
+    assert words in said
+    file = tmp_path / "step.onnx"
+    refused(lambda: export_training(t, IMAGES, torch.arange(4), file, loss=loss), words)
+    assert not file.exists()
+
+
+def test_arguments_of_the_exported_step(tmp_path: Path) -> None:
+    t, labels, file = made("slu"), torch.arange(4), tmp_path / "step.onnx"
+    refused(lambda: e2pass.transform(t.unwrap(), IMAGES, loss=3), "loss is a int", kind=ConfigError)  # type: ignore[arg-type]
+    refused(lambda: export_training(t, IMAGES, labels, file, loss=3), "loss is a int")  # type: ignore[arg-type]
+    refused(lambda: export_training(t, IMAGES, "labels", file), "target is a str")  # type: ignore[arg-type]
+    refused(lambda: export_training(t, IMAGES, labels > 1, file), "class indices")
+    optimizer = torch.optim.SGD(t.param_groups(0.1), lr=0.1)
+    optimizer.param_groups[0]["lr"] = math.nan
+    refused(
+        lambda: export_training(t, IMAGES, labels, file, optimizer=optimizer), "learning rate nan", kind=ConfigError
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_regression_loss_is_priced_with_targets_of_the_outputs_shape() -> None:
+    """It would take class labels too, with a warning, and price another loss."""
+    t = e2pass.transform(image_net(conv_residual(8)), IMAGES, config="neutral", loss=nn.functional.mse_loss)
+    assert t.graph["data/loss-target"].outputs[0].shape == (4, 10)

@@ -28,6 +28,7 @@ from e2pass.runtime.gates import Gate, SLUGates
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module, SelectionCounts
 from e2pass.runtime.runner import LoweringCache, RegionRunner
+from e2pass.step.side_graphs import check_loss
 
 Loss = Callable[..., Tensor]
 
@@ -75,6 +76,10 @@ class TrainingForm:
             tensors: One per input of the plan.
             target: Second argument of the loss; None where the model returns its loss itself.
         """
+        if target is not None and not isinstance(target, Tensor):
+            raise InputError(f"the target is a {type(target).__name__}; give a tensor as the loss takes it, or None")
+        if self.loss is not None and not callable(self.loss):
+            raise InputError(f"the loss is a {type(self.loss).__name__}; give a function of output and target, or None")
         names, values, state = self._inputs(tensors, target)
         outputs: list[str] = []
 
@@ -266,12 +271,13 @@ class TrainingForm:
                 f"{list(leaves[0].shape)} with a target of shape {list(target.shape)} and type {target.dtype}: "
                 f"{first_line(error)}"
             ) from error
-        if found.dim():
-            raise InputError(f"the loss is of shape {list(found.shape)}; it must be one number, such as a mean")
-        return found
+        check_loss(found)
+        return found.reshape(()) if found.dim() else found
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    if labels.dtype == torch.bool:  # a tracer takes them for numbers, which PyTorch does not
+        raise ValueError("labels are class indices (int64) or probabilities")
     if scores.dim() == 3:  # (B, T, classes): the classes come last
         scores, labels = scores.flatten(0, 1), labels.flatten()
     return nn.functional.cross_entropy(scores, labels)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from e2pass.errors import ConfigError, InputError
+from e2pass.optim import is_number
 
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, Tensor, Mapping[str, Any]], tuple[Tensor, State]]
@@ -102,6 +103,8 @@ def update_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> Update:
     names = {id(p): n for n, p in module.named_parameters()}
     groups, states = [], {}
     for index, group in enumerate(optimizer.param_groups):
+        if not is_number(group["lr"]) or group["lr"] < 0:
+            raise ConfigError(f"the optimizer's learning rate {group['lr']!r} is not allowed; it is a number from 0")
         for option, neutral in _REFUSED.items():
             if group.get(option, neutral) != neutral:
                 raise ConfigError(f"{type(optimizer).__name__} with {option} = {group[option]!r} cannot be exported")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from e2pass.errors import LoweringError
+from e2pass.errors import InputError, LoweringError
 from e2pass.lowering import lower
 from e2pass.lowering.joint import BATCH, Joint, ValueSpec
 from e2pass.plan import ValueName
@@ -92,8 +94,38 @@ def lower_loss(program: Program, output: Tensor, loss: Callable[..., Tensor] | N
     failure: Exception | None = None
     for target in targets:
         try:
+            if loss is not None:
+                _try(loss, ValueSpec(shape, output.dtype).concrete(batch), output.dtype, target, batch)
             gm = fx.symbolic_trace(root)
             return lower(gm, [ValueSpec(shape, output.dtype, True), target], batch)
+        except InputError as error:
+            raise LoweringError(str(error)) from None
         except Exception as error:
             failure = error
     raise LoweringError(str(failure))
+
+
+def _try(
+    loss: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, target: ValueSpec, batch: int
+) -> None:
+    """Call a loss without computing it; a warning says that the target is none of its kind, as an error does."""
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        warnings.simplefilter("error")
+        output = torch.empty(shape, dtype=dtype, requires_grad=True)
+        check_loss(loss(output, torch.empty(target.concrete(batch), dtype=target.dtype)))
+
+
+def check_loss(found: Any) -> None:
+    """Raise unless a loss function returned what training can start from.
+
+    Raises:
+        InputError: If it is no tensor, not one number, or has no gradient.
+    """
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"the loss returns a {type(found).__name__}; it must be a tensor of one number, such as a mean"
+        )
+    if found.numel() != 1:
+        raise InputError(f"the loss is of shape {list(found.shape)}; it must be one number, such as a mean")
+    if not found.requires_grad:
+        raise InputError("the loss has no gradient: it was detached, or counts something, as an accuracy does")
