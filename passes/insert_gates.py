@@ -13,7 +13,7 @@ from e2pass.config import GateKind, GatePer, Survival
 from e2pass.diagnostics import Diagnostics
 from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
-from e2pass.passes.mixing import mixing_bodies
+from e2pass.passes.mixing import obstacles
 from e2pass.passes.residual.add_tree import operands_of
 from e2pass.program import Program
 from e2pass.runtime.gates import SLUGates
@@ -45,8 +45,12 @@ class InsertGates(Pass):
         train = program.graphs["train"].graph
         nodes = {n.name: n for n in train.nodes}
         diagnostics = Diagnostics()
+        found = any(block.gated for block in program.blocks["train"])
         self._leave_alone(program, nodes, diagnostics)
         gated = [i for i, block in enumerate(program.blocks["train"]) if block.gated]
+        if found and not gated:
+            reason = next(d.message for d in diagnostics if d.code == "E2P211")
+            diagnostics.warn("E2P212", GATES, f"no block is gated, so SLU has nothing to skip; the first is a {reason}")
         if not gated:
             return PassResult(program, False, diagnostics)
         gated.sort(key=lambda i: nodes[program.blocks["train"][i].fork])
@@ -75,19 +79,17 @@ class InsertGates(Pass):
     def _leave_alone(self, program: Program, nodes: dict[str, fx.Node], diagnostics: Diagnostics) -> None:
         """Frozen blocks: a gate would be the only reason for backward to go there. And projections, if so wished.
 
-        And bodies that mix samples, unless all samples decide alike: some of them alone would give other results.
+        And bodies that only a whole batch can run, unless all samples decide alike.
         """
         flow = gradient_flow(program.model, program.graphs["train"].graph)
         pairs = list(zip(program.blocks["train"], program.blocks["eval"], strict=True))
-        mixes = mixing_bodies(program) if self.per == "sample" else [False] * len(pairs)
-        for (block, partner), mixed in zip(pairs, mixes, strict=True):
+        alone = obstacles(program) if self.per == "sample" else [""] * len(pairs)
+        for (block, partner), obstacle in zip(pairs, alone, strict=True):
             if not block.gated:
                 continue
-            reason = ""
+            reason = obstacle
             if not flow[nodes[block.join]]:
                 reason = "nothing in it or before it is trained"
-            elif mixed:
-                reason = "its body mixes the samples of a batch, so none of them can skip it alone; per='batch' can"
             elif block.kind == "projection" and not self.projections:
                 reason = "its skip path is a projection, and projections=False"
             if reason:

@@ -134,9 +134,11 @@ class E2Module(nn.Module):
             raise E2PassError(
                 "a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there"
             )
-        values: dict[str, Any] = dict(zip(self._plan.inputs, executable.capture.bind(args, kwargs), strict=True))
+        bound = executable.capture.bind(args, kwargs)
+        values: dict[str, Any] = dict(zip(self._plan.inputs, bound, strict=True))
+        batch = next((t.shape[0] for t in bound if t.dim()), 1)
         with undone_on_failure(self._moved(), self.e2_slu):
-            self._walk(_Run(self, values, masked))
+            self._walk(_Run(self, values, batch, masked))
         if self.e2_slu is not None:
             self.e2_slu.settle()
         if self.e2_steps is not None and self.training and torch.is_grad_enabled():
@@ -237,8 +239,8 @@ class SelectionCounts(nn.Module):
 class _Run:
     """One forward pass."""
 
-    def __init__(self, module: E2Module, values: dict[str, Any], masked: bool) -> None:
-        self.module, self.values, self.masked = module, values, masked
+    def __init__(self, module: E2Module, values: dict[str, Any], batch: int, masked: bool) -> None:
+        self.module, self.values, self.batch, self.masked = module, values, batch, masked
         self.overrides = module._shared_weights()
         self.precise = module._warming()
         self.runners = module._runners["train" if module.training else "eval"]
@@ -258,7 +260,7 @@ class _Run:
             values[step.out] = self._skip(step)
 
     def _region(self, region: Region, inputs: list[Tensor], whole: int | None) -> tuple[Tensor, ...]:
-        batch = _batch(region, inputs)
+        batch = _batch(region, inputs, self.batch)
         share = 1.0 if whole is None else batch / whole
         module = self.module
         on_scales: Callable[..., None] = module.e2_scales.update if module.e2_scales is not None else _ignore
@@ -299,11 +301,12 @@ def _ignore(*_: Any) -> None:
     """Nobody keeps scales."""
 
 
-def _batch(region: Region, inputs: Sequence[Tensor]) -> int:
+def _batch(region: Region, inputs: Sequence[Tensor], whole: int) -> int:
+    """How many samples there are in what flows into a region: all where nothing grows with their number."""
     for tensor, k in zip(inputs, region.rows, strict=True):
         if k:
             return tensor.shape[0] // k
-    return 1
+    return whole
 
 
 def _rows(tensor: Tensor, index: Tensor, per_sample: int) -> Tensor:
