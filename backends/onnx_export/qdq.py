@@ -1,7 +1,8 @@
 """Frozen quantizers as ``QuantizeLinear`` and ``DequantizeLinear``, weights stored as their integer codes.
 
 This is the form that runtimes and accelerators recognise. What is not frozen stays a function: an activation that no
-training step has seen, and codes of more than 8 bits, which these operators have not in this opset.
+training step has seen, and codes of more than 8 bits, which these operators have not in this opset. So does the decoding
+of weights that meet such an activation as they lie.
 """
 
 from __future__ import annotations
@@ -30,18 +31,17 @@ def to_qdq(model: ir.Model) -> None:
     unique_names(model)
     wanted = [v for n in weights for v in (n.outputs[0], n.inputs[1])] + [_frozen_scale(n) for n in frozen]
     found = _evaluate([v for v in wanted if v is not None])
-    for node in weights:
-        assert node.inputs[0] is not None
-        assert node.inputs[1] is not None
-        name = node.inputs[0].name
-        codes = _initializer(model, f"{name}.codes", found[node.outputs[0]])
-        held, axis = _axis_form(found[node.inputs[1]])
-        _decode_by(node, codes, _initializer(model, f"{name}.scale", held), axis)
     for node in frozen:
         running = _frozen_scale(node)
         assert running is not None
         if found[running] != 0:  # a running scale of 0: no training step has seen this activation
             _quantize_by(model, node, found[running])
+    for node in weights:
+        assert node.inputs[0] is not None
+        assert node.inputs[1] is not None
+        name = node.inputs[0].name
+        codes = _initializer(model, f"{name}.codes", found[node.outputs[0]])
+        _decode_by(node, codes, f"{name}.scale", found[node.inputs[1]], model)
 
 
 def _nodes(model: ir.Model, kind: str) -> Iterable[ir.Node]:
@@ -108,10 +108,41 @@ def _axis_form(scale: Array) -> tuple[Array, int | None]:
     return (scale.reshape(-1), axes[0]) if axes else (scale.reshape(()), None)
 
 
-def _decode_by(encoder: ir.Node, codes: ir.Value, scale: ir.Value, axis: int | None) -> None:
-    for user, _ in list(encoder.outputs[0].uses()):
-        assert user.op_type == "Dequantize"
-        _replace(user, ir.node("DequantizeLinear", [codes, scale], {} if axis is None else {"axis": axis}))
+def _decode_by(encoder: ir.Node, codes: ir.Value, name: str, scale: Array, model: ir.Model) -> None:
+    users = [user for user, _ in encoder.outputs[0].uses()]
+    assert all(user.op_type == "Dequantize" for user in users)
+    if any(_is_half_quantized(user.outputs[0]) for user in users):
+        held = _initializer(model, name, scale)
+        for user in users:
+            user.replace_input_with(0, codes)
+            user.replace_input_with(1, held)
+        return
+    flat, axis = _axis_form(scale)
+    held = _initializer(model, name, flat)
+    for user in users:
+        _replace(user, ir.node("DequantizeLinear", [codes, held], {} if axis is None else {"axis": axis}))
+
+
+def _is_half_quantized(weight: ir.Value) -> bool:
+    """Whether a product takes the weight as it lies, and other operands that are no codes.
+
+    onnxruntime takes ``DequantizeLinear`` in front of such a product for weight-only quantization: it rounds the other
+    operand to codes of its own (``MatMulNBits``), and inside a branch it does not find the weight and gives up.
+    """
+    products = [n for n, position in weight.uses() if n.op_type in ("MatMul", "Gemm") and position == 1]
+    return any(not _is_decoded(n.inputs[0]) for n in products if not _transposes(n))
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type == "Reshape":  # which onnxruntime moves in front of the codes
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _transposes(product: ir.Node) -> bool:
+    attribute = product.attributes.get("transB")
+    return attribute is not None and attribute.as_int() != 0
 
 
 def _quantize_by(model: ir.Model, encoder: ir.Node, scale: Array) -> None:
