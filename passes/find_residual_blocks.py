@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from e2pass.blocks import BlockSearch, ResidualBlock
@@ -51,10 +51,15 @@ def _align(train: list[ResidualBlock], evaluation: list[ResidualBlock]) -> dict[
             if block.gated:
                 block.gated = False
                 block.reason = "the evaluation graph does not have the same block"
-            partner = partner or block
+            partner = partner or _absent(block)
         partner.gated, partner.reason = block.gated, block.reason
         pairs.append((block, partner))
     return {"train": [a for a, _ in pairs], "eval": [b for _, b in pairs]}
+
+
+def _absent(block: ResidualBlock) -> ResidualBlock:
+    """Stands in for a block in a graph that has none of its nodes."""
+    return replace(block, nodes=(), fork="", shortcut="", arms=(), joins=(), side_inputs=())
 
 
 def _report(program: Program, found: BlockSearch, diagnostics: Diagnostics) -> None:

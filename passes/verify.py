@@ -21,7 +21,8 @@ def verify(program: Program) -> None:
         _values_known(gm.graph, f"{mode} graph")
         names = {n.name for n in gm.graph.nodes}
         for block in program.blocks.get(mode, []):
-            lost = [n for n in (*block.nodes, block.fork, block.shortcut, *block.joins[-1:]) if n not in names]
+            own = (*block.nodes, block.fork, block.shortcut, *block.joins[-1:])
+            lost = [n for n in own if n and n not in names]  # a block of one mode only has no nodes in the other
             if lost and not program.plans:
                 raise VerifyError(f"block {block.name} names node {lost[0]}, which the {mode} graph does not have")
     for mode, plan in program.plans.items():

@@ -128,7 +128,7 @@ def kind_of(node: fx.Node, module: nn.Module | None) -> Kind:
         return Kind.OTHER
     name = op_name(node)
     if name == "getattr":
-        return Kind.MOVE if node.args[1] in ("T", "mT", "H", "mH") else Kind.SHAPE
+        return Kind.MOVE if node.args[1] in ("T", "mT", "H", "mH", "real", "imag", "data") else Kind.SHAPE
     return _KIND_OF.get(name, Kind.OTHER)
 
 

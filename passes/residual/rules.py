@@ -63,18 +63,20 @@ class Candidate:
     merges_scales: bool
 
 
-def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = ()) -> Candidate:
+def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = (), from_first: bool = False) -> Candidate:
     """Decide what a tree of additions is.
 
     Args:
         dag: The graph.
         tree: The additions.
         merges: Additions found so far that merge scales.
+        from_first: The skip path can only be the operand that is computed first: ``x`` of ``x + f(x) + g(f(x))``, in
+            which ``g`` alone forks off ``f(x)``.
 
     Raises:
         NoBodyError: If no region could be left out.
     """
-    split = split_operands(dag, tree)
+    split = split_operands(dag, tree, from_first)
     body = extract(dag, split.fork, split.shortcut, tree.joins, split.arms)
     _check_memory(dag, tree, split, body)
     _check_scale(dag, tree, split)
@@ -85,7 +87,7 @@ def judge(dag: ActivationDag, tree: AddTree, merges: Collection[int] = ()) -> Ca
     return Candidate(tree, split, body, refusal, reservation, possible=not obstacle, merges_scales=bool(scales))
 
 
-def split_operands(dag: ActivationDag, tree: AddTree) -> Split:
+def split_operands(dag: ActivationDag, tree: AddTree, from_first: bool = False) -> Split:
     """Find fork, skip path and arms.
 
     Raises:
@@ -95,7 +97,7 @@ def split_operands(dag: ActivationDag, tree: AddTree) -> Split:
     if len(set(operands)) < len(operands):
         raise NoBodyError("a value enters the sum twice")
     descending = sorted(operands, reverse=True)
-    for fork in descending[1:]:
+    for fork in descending[-1:] if from_first else descending[1:]:
         if dag.reaches(fork, operands):
             return _split(dag, IDENTITY, fork, fork, operands)
     for operand in descending:

@@ -73,15 +73,18 @@ class _Survey:
         if blocks:
             rest = frozenset(tree.joins).difference(blocks)
             outcome = self._judge(add_tree.flatten(self.dag, self.joins, tree.root, rest))
+        elif isinstance(outcome, str) and len(tree.operands) > 2:
+            chain = self._judge(tree, from_first=True)
+            outcome = outcome if isinstance(chain, str) else chain
         if isinstance(outcome, Candidate):
             self.candidates.append(outcome)
             return not outcome.refusal
         self.rejected[tree.root] = outcome
         return False
 
-    def _judge(self, tree: AddTree) -> Candidate | str:
+    def _judge(self, tree: AddTree, from_first: bool = False) -> Candidate | str:
         try:
-            candidate = rules.judge(self.dag, tree, self.merges)
+            candidate = rules.judge(self.dag, tree, self.merges, from_first)
         except NoBodyError as error:
             return str(error)
         if candidate.merges_scales:

@@ -187,9 +187,7 @@ class Opaque(nn.Module):
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if float(x.detach().abs().sum()) < 0 or not self.training:
-            x = x * 1
-        else:
+        if float(x.detach().abs().sum()) >= 0 and self.training:
             x = x - x.mean(0)
         y: Tensor = self.layer(x).relu()
         return y

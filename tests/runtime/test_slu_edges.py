@@ -57,6 +57,26 @@ class SeveralArms(Blocks):
         return out
 
 
+class ChainOfArms(Blocks):
+    """The second arm reads the first as it is added."""
+
+    def block(self, x: Tensor, body: nn.Module) -> Tensor:
+        a = body(x)
+        out: Tensor = x + a + body(a)
+        return out
+
+
+class LongerInTraining(Blocks):
+    """The last block runs in training only."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        x = self.block(x, self.bodies[0])
+        if self.training:
+            x = self.block(x, self.bodies[1])
+        return self.result(x)
+
+
 class Named(Blocks):
     def result(self, x: Tensor) -> Any:
         return {"logits": self.head(x), "features": (x, [x.mean(1)])}
@@ -100,6 +120,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "in place": lambda: InPlace(mlp(), mlp()),
     "in place on the fork": lambda: InPlaceOnFork(mlp(), mlp()),
     "view of the input": lambda: ViewOfInput(mlp(), mlp()),
+    "chain of arms": lambda: ChainOfArms(mlp(), mlp()),
     "dropout": lambda: Blocks(nn.Sequential(mlp(), nn.Dropout(0.5)), mlp()),
 }
 
@@ -236,6 +257,17 @@ def test_closed_from_the_start_and_a_model_without_blocks() -> None:
     torch.testing.assert_close(t.model(x), plain(x))
     with pytest.raises(e2pass.E2PassError, match="no gates to set"):
         t.set_gates("open")
+
+
+def test_a_block_that_only_training_has_is_not_gated() -> None:
+    model, x = LongerInTraining(mlp(), mlp()), torch.randn(6, 8)
+    t = transformed(model, x, "closed")
+    assert [b.gated for b in t.blocks] == [True, False]
+    assert "evaluation graph does not have" in t.blocks[1].reason
+    assert t.verify()
+    h = model.stem(x)
+    torch.testing.assert_close(t.model(x), model.head(model.block(h, model.bodies[1])))
+    torch.testing.assert_close(t.model.eval()(x), model.head(h))
 
 
 @pytest.mark.parametrize("kind", ["learned", "random"])

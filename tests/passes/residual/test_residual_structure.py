@@ -119,6 +119,30 @@ def test_arms_and_joins_follow_the_tree() -> None:
     assert block.join == "add_1"
 
 
+def test_an_arm_that_the_next_arm_reads_is_no_fork() -> None:
+    def chain(m: Any, x: torch.Tensor) -> Any:
+        h = m.f(x)
+        return x + h + m.g(h)
+
+    block = _only(search(traced(Fn(chain, f=mlp(8), g=mlp(8)), TOKENS)))
+    assert (block.fork, block.shortcut) == ("x", "x")
+    assert block.arms == ("f_2", "g_2")
+
+
+def test_blocks_in_a_row_with_a_longer_skip_stay_blocks_of_their_own() -> None:
+    def row(m: Any, x: torch.Tensor) -> Any:
+        h = x + m.f(x)
+        return h + m.g(h) + x
+
+    blocks = search(traced(Fn(row, f=mlp(8), g=mlp(8)), TOKENS)).blocks
+    assert [b.name for b in blocks if b.gated] == ["f", "g"]
+
+
+def test_the_real_part_of_a_value_depends_on_the_input() -> None:
+    block = _only(search(traced(Fn(lambda m, x: x + m.f(torch.complex(x, x).real), f=mlp(8)), TOKENS)))
+    assert (block.fork, block.arms) == ("x", ("f_2",))
+
+
 def test_projection_is_the_shortcut_and_not_in_the_body() -> None:
     model = Fn(
         lambda m, x: m.skip(x) + m.f(x), f=body(4, 6, 2), skip=nn.Sequential(conv(4, 6, 1, 2), nn.BatchNorm2d(6))
