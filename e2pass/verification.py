@@ -69,6 +69,7 @@ def _compare(plain: E2Module, program: Program, training: bool) -> list[Proof]:
 def _step(module: nn.Module, program: Program) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     inputs = program.inputs.with_batch(program.inputs.batch_size)
     outputs = [t for t in tree_leaves(module(*inputs.args, **inputs.kwargs)) if isinstance(t, Tensor)]
+    buffers = [b.clone() for n, b in module.named_buffers() if not n.startswith("e2_")]  # checkpoints write in backward
     floating = [t for t in outputs if t.is_floating_point() and t.requires_grad]
     if floating and module.training:
         sum((t.float() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in floating).backward()  # type: ignore[union-attr]
@@ -76,7 +77,7 @@ def _step(module: nn.Module, program: Program) -> tuple[list[Tensor], list[Tenso
     return (
         outputs,
         [torch.zeros(()) if g is None else g for g in gradients.values()],
-        [b for n, b in module.named_buffers() if not n.startswith("e2_")],
+        buffers,
     )
 
 

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from e2pass.capture.binding import Binding
+from e2pass.capture.buffers import replaced, write_early
 from e2pass.capture.dice import Outcomes, Settled
 from e2pass.capture.origin import explain, line_of_trace
 from e2pass.capture.output import OutputForm, flatten
@@ -45,16 +46,14 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Call the model; remember the form of what it returned."""
         call = self._binding.call_with(tensors)
-        buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
+        before = dict(self.model.named_buffers(remove_duplicate=False))
         with Settled(self._outcomes) if self._outcomes else nullcontext():
             values, self.cell.form = flatten(self.model(*call.args, **call.kwargs))
         # torch.export loses `self.buffer = value` in nested modules; as a write into the buffer it is kept
-        for module, before in buffers:
-            for name, buffer in before.items():
-                after = module._buffers.get(name)
-                if buffer is not None and after is not None and after is not buffer:
-                    buffer.copy_(after.detach())
-                    module._buffers[name] = buffer
+        for name, buffer, value in replaced(self.model, before):
+            if not isinstance(value, torch.Tensor):
+                raise RungError(f"the model sets its buffer {name} to {value!r}")
+            buffer.copy_(value.detach())
         return tuple(values)
 
 
@@ -184,6 +183,7 @@ class _Flattener:
             elif node.op != "placeholder":
                 self._copy(node)
         self._graph.eliminate_dead_code()
+        write_early(self._graph)
         self._graph.lint()
         return self._graph
 

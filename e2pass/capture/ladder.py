@@ -104,6 +104,7 @@ class _Ladder:
         self._binding = Binding(model, inputs)
         self._inputs = inputs
         self._proof, self._expected = self._run_original()
+        self._refuse_changed_buffers()
         self._outcomes = (self._idle_throws(True), self._idle_throws(False))
 
     def climb(self) -> Capture:
@@ -175,6 +176,18 @@ class _Ladder:
     def _run(self, inputs: Inputs, training: bool) -> Run:
         tensors = self._binding.bind(*_fresh(inputs))
         return run_model(self._work, self._binding.call_with(tensors), training)
+
+    def _refuse_changed_buffers(self) -> None:
+        """Refuse a model that removes a buffer or replaces it by one of another kind: a graph only writes into it."""
+        for name, buffer in self._work.named_buffers():
+            for expected in self._expected:
+                after = expected.buffers.get(name)
+                if after is None or after.shape != buffer.shape or after.dtype != buffer.dtype:
+                    kinds = [f"{t.dtype} {tuple(t.shape)}" if t is not None else "nothing" for t in (buffer, after)]
+                    raise CaptureError(
+                        f"{type(self._model).__name__} turns its buffer {name} from {kinds[0]} into {kinds[1]} in one "
+                        "call, which a graph cannot; keep its shape and type"
+                    )
 
     def _idle_throws(self, training: bool) -> Outcomes:
         """What Python reads of random numbers; a model that decides by chance is refused: a graph holds one throw."""
@@ -293,10 +306,14 @@ class _Ladder:
             self._diagnostics.info("E2P101", "", f"not captured by {reason}")
         still = _in_evaluation(self._model) if result.rung == "export" else []
         if still:
-            others = f" and {len(still) - 1} more" if len(still) > 1 else ""
-            self._diagnostics.warn(
-                "E2P103", still[0], f"is in evaluation{others}, but an exported graph trains in all modules or in none"
+            message = f"{_and_more(still)} in evaluation, but an exported graph trains in all modules or in none"
+            self._diagnostics.warn("E2P103", still[0], message)
+        moved = self._expected[0].moved_in_backward
+        if moved:
+            message = (
+                f"{_and_more(moved)} updated in the backward pass too, where a checkpoint runs again what the graph "
             )
+            self._diagnostics.warn("E2P105", moved[0], message + "runs once")
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))
@@ -308,6 +325,11 @@ def _cumulative_norm(model: nn.Module) -> str:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"norm {name} has momentum=None, an average over all calls; give it a number such as 0.1"
     return ""
+
+
+def _and_more(names: Sequence[str]) -> str:
+    """The verb for the first of ``names`` and all others."""
+    return "is" if len(names) == 1 else f"and {len(names) - 1} more are"
 
 
 def _in_evaluation(model: nn.Module) -> list[str]:

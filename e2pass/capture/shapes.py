@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
+from e2pass.capture.origin import first_sentence
 from e2pass.capture.rung import RungError
 from e2pass.inputs import Inputs
 
@@ -155,7 +156,7 @@ class ShapeWorld:
                     runner.run(*self.placeholders, enable_io_processing=False)
             except Exception as error:
                 where = runner.current.format_node() if runner.current is not None else ""
-                raise RungError(f"shapes cannot be derived at {where}: {type(error).__name__}: {error}") from error
+                raise RungError(f"shapes cannot be derived at {where}: {first_sentence(error)}") from error
 
     @contextmanager
     def _faked(self, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:

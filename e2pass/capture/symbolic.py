@@ -11,12 +11,15 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from e2pass.capture.binding import Binding
+from e2pass.capture.buffers import replaced, write_early
 from e2pass.capture.dice import DRAWS, Outcomes
 from e2pass.capture.functional import IN_PLACE_OPERATORS
 from e2pass.capture.origin import current_line, explain, line_of_error
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
+from e2pass.capture.state import model_kept
 from e2pass.errors import CaptureError
 
 # Residual blocks hide inside these; as opaque calls they could not be found.
@@ -70,9 +73,20 @@ class _Tracer(fx.Tracer):
         call = self._binding.call_with(proxies)
 
         def run(root: nn.Module) -> Any:
-            return root(*call.args, **call.kwargs)
+            before = dict(root.named_buffers(remove_duplicate=False))
+            output = root(*call.args, **call.kwargs)
+            for name, _, value in replaced(root, before):
+                self._write(name, value)
+            return output
 
         return run, [self.root]
+
+    def _write(self, name: str, value: Any) -> None:
+        """Record that buffer ``name`` was replaced by ``value``."""
+        if not isinstance(value, (fx.Proxy, torch.Tensor)):
+            raise RungError(f"the model sets its buffer {name} to {value!r}")
+        detached = self.create_node("call_method", "detach", (self.create_arg(value),), {})
+        self.create_node("call_method", "copy_", (self.create_node("get_attr", name, (), {}), detached), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make a proxy that knows in-place operators."""
@@ -145,13 +159,19 @@ def _recordable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 @contextmanager
 def _autograd_functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
-    """Record each call of a user's ``autograd.Function`` as one operation: traced into, it would lose its backward."""
+    """Record each call of a user's ``autograd.Function`` as one operation: traced into, it would lose its backward.
+
+    What is checkpointed is traced into, for its backward is that of what it runs.
+    """
     base: Any = torch.autograd.function._SingleLevelFunction
     recorded: dict[type, Callable[..., Any]] = {}
 
     def apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if not any(isinstance(a, fx.Proxy) for a in args):
             return super(base, cls).apply(*args)
+        if cls is CheckpointFunction:
+            function, _, *inputs = args
+            return function(*inputs)
         if "mark_dirty" in cls.forward.__code__.co_names:
             raise RungError(f"{cls.__name__} changes its input in place, which a graph does not show")
         target = recorded.setdefault(cls, _recordable(cls))
@@ -206,13 +226,14 @@ def _trace(
     model.train(training)
     tracer = _Tracer(binding, leaves, constants, outcomes)
     try:
-        with _autograd_functions_recorded(tracer), _DrawsRecorded(tracer):
+        with model_kept(model), _autograd_functions_recorded(tracer), _DrawsRecorded(tracer):
             graph = tracer.trace(model)
     except Exception as error:
         line = line_of_error(error)
         why = f"{error}, at {line}" if isinstance(error, RungError) else explain(error)
         raise RungError(why, tracer.failed_in or "") from error
     graph.eliminate_dead_code(_is_impure)
+    write_early(graph)
     return graph, tracer
 
 

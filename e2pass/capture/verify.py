@@ -22,7 +22,8 @@ class Run:
 
     Attributes:
         output: The flat output and its form.
-        buffers: Buffers after the call.
+        buffers: Buffers after the call, and before the backward pass.
+        moved_in_backward: Names of the buffers that the backward pass then changed, as checkpointed norms do.
         gradients: Gradients of the parameters; None where there is no backward pass, or where it is impossible (a
             model that overwrites what its own backward needs).
     """
@@ -30,6 +31,7 @@ class Run:
     output: tuple[list[Any], OutputForm]
     buffers: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None] | None
+    moved_in_backward: tuple[str, ...] = ()
 
 
 def run(model: nn.Module, function: Callable[[], Any], training: bool) -> Run:
@@ -40,9 +42,10 @@ def run(model: nn.Module, function: Callable[[], Any], training: bool) -> Run:
             parameter.grad = None
         seed_all(_SEED)
         values, form = flatten(function())
-        gradients = _gradients(model, values) if training else None
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        return Run(([_detached(value) for value in values], form), buffers, gradients)
+        gradients = _gradients(model, values) if training else None
+        moved = tuple(name for name, buffer in model.named_buffers() if not _same(buffer, buffers[name]))
+        return Run(([_detached(value) for value in values], form), buffers, gradients, moved)
 
 
 def run_model(model: nn.Module, call: Call, training: bool) -> Run:
@@ -62,8 +65,10 @@ def difference(expected: Run, got: Run) -> str:
     for name, buffer in expected.buffers.items():
         if not _same(buffer, got.buffers[name]):
             return f"buffer {name} differs after the call"
-    if expected.gradients is None or got.gradients is None:
+    if expected.gradients is None:
         return ""
+    if got.gradients is None:
+        return "its backward pass fails"
     for name, gradient in expected.gradients.items():
         other = got.gradients[name]
         if (gradient is None) != (other is None):
