@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from e2pass.capture.output import opened
 from e2pass.program import Program
 from e2pass.runtime.module import E2Module
 
@@ -68,7 +69,7 @@ def _compare(plain: E2Module, program: Program, training: bool) -> list[Proof]:
 
 def _step(module: nn.Module, program: Program) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     inputs = program.inputs.with_batch(program.inputs.batch_size)
-    outputs = [t for t in tree_leaves(module(*inputs.args, **inputs.kwargs)) if isinstance(t, Tensor)]
+    outputs = [t for t in tree_leaves(opened(module(*inputs.args, **inputs.kwargs))) if isinstance(t, Tensor)]
     buffers = [b.clone() for n, b in module.named_buffers() if not n.startswith("e2_")]  # checkpoints write in backward
     floating = [t for t in outputs if t.is_floating_point() and t.requires_grad]
     if floating and module.training:
@@ -88,7 +89,7 @@ def _gather_equals_mask(model: E2Module, program: Program) -> list[Proof]:
         twin = copy.deepcopy(model).eval()
         with torch.no_grad():
             result = twin.execute(inputs.args, inputs.kwargs, masked=masked)
-        both.append([t for t in tree_leaves(result) if isinstance(t, Tensor)])
+        both.append([t for t in tree_leaves(opened(result)) if isinstance(t, Tensor)])
     return [_proof("evaluation outputs, skipped for real against masked", both[0], both[1], 1e-4)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from e2pass.backends.onnx_export.files import transformed_module
+from e2pass.capture.output import opened
 from e2pass.errors import ExportError, InputError
 from e2pass.inputs import Inputs
 from e2pass.runtime.module import E2Module
@@ -49,7 +50,7 @@ def check_inference(path: str | Path, module: Transformed | E2Module, inputs: An
     tensors = model._executable.capture.bind(call.args, call.kwargs)
     with torch.no_grad():
         output = model(*call.args, **call.kwargs)
-    expected = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    expected = [leaf for leaf in pytree.tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
     try:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised

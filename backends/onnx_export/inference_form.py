@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from e2pass.backends.onnx_export.opaque import Body
+from e2pass.capture.output import opened
 from e2pass.errors import ExportError, LoweringError
 from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.merge import merge_masked
@@ -59,12 +60,12 @@ class InferenceForm:
                 output = self._execute(tensors)
         finally:
             self._preparing = False
-        leaves = pytree.tree_flatten_with_path(output)[0]
+        leaves = pytree.tree_flatten_with_path(opened(output))[0]
         return [(_identifier(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run on one tensor per input of the plan; returns the tensors in the model's output."""
-        return tuple(leaf for leaf in pytree.tree_leaves(self._execute(tensors)) if isinstance(leaf, Tensor))
+        return tuple(leaf for leaf in pytree.tree_leaves(opened(self._execute(tensors))) if isinstance(leaf, Tensor))
 
     def _execute(self, tensors: Sequence[Tensor]) -> Any:
         plan, slu = self.plan, self.twin.e2_slu

@@ -21,6 +21,7 @@ from e2pass.backends.onnx_export.decompositions import IN_PLACE
 from e2pass.backends.onnx_export.files import first_line
 from e2pass.backends.onnx_export.opaque import Body, MergeWhole, RunBody
 from e2pass.backends.onnx_export.update import Update, state_tensors
+from e2pass.capture.output import opened
 from e2pass.errors import ExportError, InputError, LoweringError
 from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, Region, RunRegion, Skip, ValueName
@@ -256,7 +257,7 @@ class TrainingForm:
         return ""
 
     def _loss(self, output: Any, target: Tensor | None) -> Tensor:
-        leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+        leaves = [v for v in pytree.tree_leaves(opened(output)) if isinstance(v, Tensor) and v.is_floating_point()]
         if not leaves:
             raise InputError("the model returns no floating-point tensor, so there is nothing to train on")
         if target is None:

@@ -160,7 +160,9 @@ def _parameters(signature: inspect.Signature) -> str:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+    return (
+        repr(value) if isinstance(value, (type(None), bool, int, float, complex, str)) else f"a {type(value).__name__}"
+    )
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -18,6 +18,7 @@ from e2pass.capture.buffers import replaced, write_early
 from e2pass.capture.dice import DRAWS, Outcomes
 from e2pass.capture.functional import IN_PLACE_OPERATORS
 from e2pass.capture.origin import current_line, explain, line_of_error
+from e2pass.capture.output import OutputForm, flatten, is_nested
 from e2pass.capture.rung import CONSTANT_PREFIX, Draft, RungError, same_graph
 from e2pass.capture.state import model_kept
 from e2pass.errors import CaptureError
@@ -31,6 +32,9 @@ _TRACED_INTO = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+
+
+_TRACED = (fx.Proxy, torch.Tensor)
 
 
 class Proxy(fx.Proxy):
@@ -62,6 +66,7 @@ class _Tracer(fx.Tracer):
         self._leaves = leaves
         self._constants = constants
         self._grad = torch.is_grad_enabled()
+        self.form: OutputForm | None = None
         self.failed_in: str | None = None
         self.leaves_met: set[str] = set()
 
@@ -77,7 +82,10 @@ class _Tracer(fx.Tracer):
             output = root(*call.args, **call.kwargs)
             for name, _, value in replaced(root, before):
                 self._write(name, value)
-            return output
+            if is_nested(output, _TRACED):
+                return output
+            values, self.form = flatten(output, _TRACED)  # a graph holds no class of the user's
+            return tuple(values)
 
         return run, [self.root]
 
@@ -237,6 +245,10 @@ def _trace(
     return graph, tracer
 
 
+def _rebuild(form: OutputForm | None) -> Callable[[Any], Any]:
+    return form.rebuild if form is not None else lambda output: output
+
+
 def _is_impure(node: fx.Node) -> bool:
     """Keep everything that may write, draw random numbers or raise; drop unused reads, which only confuse analysis."""
     return node.op != "get_attr"
@@ -258,11 +270,12 @@ def draft(
     """
     constants: dict[str, torch.Tensor] = {}
     train, tracer = _trace(model, binding, True, leaves, constants, outcomes[0])
-    evaluated, _ = _trace(model, binding, False, leaves, constants, outcomes[1])
-    if same_graph(train, evaluated):
+    evaluated, other = _trace(model, binding, False, leaves, constants, outcomes[1])
+    if same_graph(train, evaluated) and tracer.form == other.form:
         evaluated = train
     rung = "symbolic_trace+leaves" if leaves else "symbolic_trace"
-    return Draft(rung, (train, evaluated), constants, leaves=tuple(sorted(tracer.leaves_met)))
+    rebuild = (_rebuild(tracer.form), _rebuild(other.form))
+    return Draft(rung, (train, evaluated), constants, rebuild, leaves=tuple(sorted(tracer.leaves_met)))
 
 
 def draft_with_leaves(model: nn.Module, binding: Binding, outcomes: tuple[Outcomes, Outcomes]) -> Draft:
