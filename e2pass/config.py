@@ -80,6 +80,12 @@ class SLU(_Section):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _min_active_counts_samples(self) -> SLU:
+        if self.per == "batch" and self.min_active:
+            raise ValueError("SLU(min_active) forces single samples, and with per='batch' all of a batch decide as one")
+        return self
+
 
 class Bits(_Section):
     """Operand widths of every convolution and matrix product (8/8/16 in the paper).

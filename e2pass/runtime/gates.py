@@ -166,7 +166,7 @@ class SLUGates(nn.Module):
         Returns:
             Decision in {0, 1} of shape (B,), differentiable by a straight-through estimator, and the LSTM's state.
         """
-        if self.kind != "learned":
+        if self.kind != "learned" or self.target == 0.0:
             return self._fixed(index, fork)
         with torch.autocast(fork.device.type, enabled=False):
             return self._learned(index, fork, previous)

@@ -182,3 +182,8 @@ def test_gates_that_learn_from_single_samples_tell_inputs_apart() -> None:
     t.model(inputs)
     blocks = t.stats()["slu"]["blocks"].values()
     assert all(block["spread_eval"] > 0.2 for block in blocks)
+
+
+def test_a_batch_that_decides_as_one_forces_no_single_samples() -> None:
+    with pytest.raises(ConfigError, match="min_active"):
+        e2pass.SLU(per="batch", min_active=1)
