@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from e2pass.backends.graph.page.data import page_data, to_json
 from e2pass.report import si
 from e2pass.step.graph import TrainingGraph
 from tests.browser import Browser
-from tests.zoo import vector_residual
+from tests.zoo import ZOO, vector_residual
 
 VENDOR = Path(__file__).resolve().parents[3] / "backends" / "graph" / "page" / "vendor"
 # No double quotes and backslashes: torch.fx itself generates broken code from those.
@@ -276,3 +277,32 @@ def test_vendored_scripts_are_those_of_the_table() -> None:
     for name, digest in table.items():
         assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == digest
     assert {"viz-js.LICENSE", "panzoom.LICENSE"} <= {file.name for file in VENDOR.iterdir()}
+
+
+def test_columns_of_a_transformer_stand_in_order(browser: Browser, tmp_path: Path) -> None:
+    """Its head reads a weight that the embedding holds, and masks come from the batch: edges against the order."""
+    model, inputs = ZOO["gpt2"].make()
+    t = e2pass.transform(model, inputs, config=e2pass.Config(smd=None, slu=None, psg=None))
+    t.graph.to_html(tmp_path / "step.html")
+    browser.console()
+    browser.open(tmp_path / "step.html")
+    browser.wait(lambda: bool(browser.run("return document.getElementById('step').dataset.ready")))
+    columns = browser.run(COLUMNS)
+    assert [name for name, *_ in columns] == ["forward", "backward", "update"]
+    assert all(right <= left for (_, _, right), (_, left, _) in pairwise(columns))
+    assert labels(browser, "f") == ["(batch)", "transformer", "lm_head", "(loss)"]
+    assert labels(browser, "b") == ["transformer", "lm_head"]
+    assert browser.console() == []
+    for module in ("transformer", "transformer.h", "transformer.h.0"):
+        browser.find(f'.row[title="{module}"] .twist').click()
+        browser.wait(lambda module=module: bool(browser.run(OPEN, module)))  # type: ignore[misc]
+    chain = ["ln_1", "attn", "ln_2", "mlp", "1", "ln_f", "lm_head"]
+    for half in "fb":
+        assert [name for name in labels(browser, half) if name in chain] == chain
+
+
+OPEN = """return [...document.querySelectorAll("#step-tree .row")].some((row) => row.title === arguments[0] &&
+    row.parentElement.getAttribute("aria-expanded") === "true")"""
+COLUMNS = """return [...document.querySelectorAll("#step-drawing g.column")].map((column) => {
+    const at = column.querySelector("path, polygon").getBoundingClientRect();
+    return [column.querySelector("text").textContent.trim(), at.left, at.right]; }).sort((a, b) => a[1] - b[1])"""

@@ -52,7 +52,9 @@ E2Step.Drawing = class {
 
   boxOf(index) {
     const group = this.model.groupOf[index], closed = this.closed(group);
-    return closed ? `g${closed.id}${this.model.column[index]}` : `n${this.model.origin[index]}`;
+    if (closed) return `g${closed.id}${this.model.column[index]}`;
+    const origin = this.model.origin[index];
+    return origin === index ? `n${index}` : this.boxOf(origin);
   }
 
   _scan() {
@@ -63,7 +65,8 @@ E2Step.Drawing = class {
     for (let i = 0; i < model.count; i++) {
       const group = prefix[model.groupOf[i].id];
       const origin = model.origin[i];
-      anchor[i] = group ? `g${group.id}${model.column[i]}` : `n${origin}`;
+      // What only picks a result in an open module stands where the result is, which may be in a closed one.
+      anchor[i] = group ? `g${group.id}${model.column[i]}` : origin === i ? `n${i}` : anchor[origin];
       if (group) boxes.set(anchor[i], { group, column: model.column[i] });
       else if (origin === i) boxes.set(anchor[i], { index: i, group: model.groupOf[i], column: model.column[i] });
     }
@@ -88,9 +91,9 @@ E2Step.Drawing = class {
   _edgeKind(source, target) {
     const a = this.model.kind(source), b = this.model.kind(target);
     if (b[2] === "update") return "update";
-    if (a[2] === "data") return "data";
     const ahead = this.model.column[source] === "f", behind = this.model.column[target] === "b";
     if (ahead && behind) return a[2] === "loss" ? "gradient" : "saved";
+    if (a[2] === "data") return "data";
     if (behind) return "gradient";
     return a[4] === "slu.gate" && this.model.data.nodes.region[source] !== this.model.data.nodes.region[target] ? "gate" : "value";
   }
@@ -105,6 +108,14 @@ E2Step.Drawing = class {
       const totals = this.totalsOf(box);
       for (const key of ["energy", "time"]) this.largest[key] = Math.max(this.largest[key], totals[key]);
     }
+    // Graphviz does not keep frames in an order; where it has put backward first, another start mostly helps.
+    const drawn = this.viz.renderSVGElement(this._graph(anchor, boxes, false));
+    if (this._inOrder(drawn)) return drawn;
+    const again = this.viz.renderSVGElement(this._graph(anchor, boxes, true));
+    return this._inOrder(again) ? again : drawn;
+  }
+
+  _graph(anchor, boxes, tops) {
     const graph = {
       directed: true, name: "step",
       graphAttributes: { rankdir: "TB", nodesep: 0.16, ranksep: 0.28, bgcolor: "transparent", fontname: "Helvetica", pad: 0.15, newrank: true },
@@ -113,9 +124,20 @@ E2Step.Drawing = class {
       nodes: [], edges: [], subgraphs: [],
     };
     this._clusters(graph, boxes);
+    if (tops) this._tops(graph);
     for (const edge of this._edges(anchor)) this._draw(graph, edge);
     this._rungs(graph, boxes);
-    return this.viz.renderSVGElement(graph);
+    return graph;
+  }
+
+  // Whether forward stands left of backward and that left of update.
+  _inOrder(svg) {
+    const lefts = Object.values(E2Step.COLUMNS).map((name) => {
+      const column = [...svg.querySelectorAll("g.column")].find((frame) => frame.querySelector("text")?.textContent.trim() === name);
+      const numbers = column?.querySelector("path")?.getAttribute("d").match(/-?[\d.]+(?=,)/g);
+      return numbers ? Math.min(...numbers.map(Number)) : null;
+    }).filter((left) => left !== null);
+    return lefts.every((left, i) => i === 0 || lefts[i - 1] < left);
   }
 
   totalsOf(box) {
@@ -152,6 +174,17 @@ E2Step.Drawing = class {
     for (const column of "fbu") {
       if (columns[column].nodes.length || columns[column].subgraphs.length) graph.subgraphs.push(columns[column]);
     }
+  }
+
+  // Points that nobody sees, one in each column, side by side.
+  _tops(graph) {
+    const points = graph.subgraphs.map((column) => {
+      const name = `top_${column.name}`;
+      column.nodes.unshift({ name, attributes: { shape: "point", style: "invis", width: 0.05, height: 0.05, label: "" } });
+      return name;
+    });
+    const attributes = { style: "invis", minlen: 0, weight: 500 };
+    points.slice(1).forEach((head, i) => graph.edges.push({ tail: points[i], head, attributes }));
   }
 
   _text(text) { return text.replace(/\\/g, "\\\\").replace(/[\u0000-\u001f]/g, " "); }
@@ -221,7 +254,17 @@ E2Step.Drawing = class {
     }
   }
 
-  // Gradients flow up beside the values they belong to: laid out against their direction, drawn along it.
+  // Where a box stands from top to bottom: forward in the order of execution, backward beside it.
+  _above(from, to) {
+    const one = this.boxes.get(from), other = this.boxes.get(to);
+    const grouped = one.index === undefined && other.index === undefined;
+    if (grouped && one.group.totals.f.count && other.group.totals.f.count) return one.group.first < other.group.first;
+    const at = (box) => (box.index === undefined ? this.model.firstIn(box.group, box.column) : this.model.rank(box.index));
+    return one.column === "b" && other.column === "b" ? at(one) > at(other) : at(one) < at(other);
+  }
+
+  // Gradients flow up beside the values they belong to: laid out against their direction, drawn along it. An edge
+  // that runs back to a module which had its turn before moves nothing: modules stand in the order of their turns.
   _draw(graph, edge) {
     const attributes = { color: E2Step.scheme(`edge-${edge.kind}`), class: `edge ${edge.kind}`, id: `e_${edge.from}_${edge.to}`, tooltip: " " };
     if (edge.count > 1) attributes.penwidth = Math.min(3, 1 + Math.log10(edge.count));
@@ -229,13 +272,15 @@ E2Step.Drawing = class {
       if (!this.showSaved) return;
       graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, style: "dashed", weight: 0, minlen: 0, constraint: false } });
     } else if (edge.kind === "gradient") {
-      graph.edges.push({ tail: edge.to, head: edge.from, attributes: { ...attributes, dir: "back", weight: 2 } });
+      const constraint = this._above(edge.to, edge.from) || this.boxes.get(edge.from).column === "f";
+      graph.edges.push({ tail: edge.to, head: edge.from, attributes: { ...attributes, dir: "back", weight: 2, constraint } });
     } else if (edge.kind === "update") {
       // What all gates share is updated from everywhere: those edges are there, but stand back.
       const far = this.boxes.get(edge.to).group.totals.b.count === 0 ? { class: "edge update far", penwidth: 0.8, weight: 0 } : {};
       graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, constraint: false, ...far } });
     } else {
-      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, weight: edge.kind === "value" ? 2 : 1 } });
+      const constraint = this._above(edge.from, edge.to);
+      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, weight: edge.kind === "value" ? 2 : 1, constraint } });
     }
   }
 };

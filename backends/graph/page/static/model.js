@@ -98,7 +98,13 @@ E2Step.Model = class {
   }
 
   // Modules are listed in the order in which the model's own operations run, not in that of what rewrites put in front.
-  _rank(index) { return this.kind(index)[3] === "base" ? index : this.count + index; }
+  rank(index) { return this.kind(index)[3] === "base" ? index : this.count + index; }
+
+  // The same of what a group does in one column.
+  firstIn(group, column) {
+    const own = group.nodes.filter((index) => this.column[index] === column).map((index) => this.rank(index));
+    return Math.min(...own, ...[...group.children.values()].map((child) => this.firstIn(child, column)));
+  }
 
   _sort(group) {
     group.children.forEach((child) => this._sort(child));
@@ -114,7 +120,7 @@ E2Step.Model = class {
       this._number(child);
       for (const column of "fbu") E2Step.merge(group.totals[column], child.totals[column]);
     }
-    group.first = Math.min(...group.nodes.map((index) => this._rank(index)), ...[...group.children.values()].map((child) => child.first));
+    group.first = Math.min(...group.nodes.map((index) => this.rank(index)), ...[...group.children.values()].map((child) => child.first));
     group.all = E2Step.zero();
     for (const column of "fbu") E2Step.merge(group.all, group.totals[column]);
   }
