@@ -1,7 +1,8 @@
 """Train a model on a device that has onnxruntime and NumPy, and no PyTorch.
 
 The first part, on the workstation, writes the whole training step to one ONNX file. The second part is another process:
-it never imports torch, and trains an epoch of digits with the file.
+it never imports torch, and trains an epoch of digits with the file. The third part, on the workstation again, brings
+the result back into PyTorch and goes on there.
 """
 
 import subprocess
@@ -13,11 +14,11 @@ import numpy as np
 BATCH = 32
 
 
-def write_training_step(step: Path, data: Path) -> None:
+def workstation(step: Path, data: Path, trained: Path) -> None:
     import torch
 
     import e2pass
-    from e2pass.backends.onnx_export import export_training
+    from e2pass.backends.onnx_export import export_training, load_training_state
     from e2pass.demo.data import load_digits
 
     torch.manual_seed(0)
@@ -27,6 +28,19 @@ def write_training_step(step: Path, data: Path) -> None:
     optimizer = torch.optim.SGD(t.param_groups(lr=0.05), lr=0.05, momentum=0.9)
     export_training(t, images[:BATCH], labels[:BATCH], step, optimizer=optimizer)
     print(f"wrote {step.name}: {step.stat().st_size / 1e6:.1f} MB")
+
+    subprocess.run([sys.executable, __file__, "device"], check=True)
+
+    load_training_state(t, trained, optimizer)
+    losses = []
+    for start in range(0, 5 * BATCH, BATCH):
+        optimizer.zero_grad()
+        batch = slice(start, start + BATCH)
+        loss = torch.nn.functional.cross_entropy(t.model(images[batch]), labels[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"5 steps more in PyTorch: loss {np.mean(losses):.2f}")
 
 
 def train(step: Path, data: Path, trained: Path) -> None:
@@ -59,8 +73,7 @@ def main() -> None:
     if sys.argv[1:] == ["device"]:
         train(step, data, trained)
         return
-    write_training_step(step, data)
-    subprocess.run([sys.executable, __file__, "device"], check=True)
+    workstation(step, data, trained)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ FILES = {
     "train_on_device": {"training_step.onnx", "digits.npz", "trained.npz"},
 }
 PRINTS = {
-    "train_on_device": ("steps without torch: loss 2", "samples that entered the gated blocks: "),
+    "train_on_device": (
+        "steps without torch: loss 2",
+        "samples that entered the gated blocks: ",
+        "more in PyTorch: loss 1",
+    ),
     "transform_any_model": ("batches dropped: ", "gated energy skipped: ", "energy saved (modelled): "),
     "inspect_graph": ("stage1.0: identity, 5 nodes, gated", "E2P100", "inserted for PSG: "),
     "export_cost_report": ("plain run: ", "transformed run: ", "ddr3 traffic"),

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from e2pass.backends.interop.files import write_text
-from e2pass.backends.interop.products import step_products
+from e2pass.backends.interop.products import StepProduct, step_products
 from e2pass.backends.interop.zigzag import gemm
 from e2pass.step.graph import TrainingGraph
 
@@ -22,9 +22,20 @@ def write_scalesim(graph: TrainingGraph, path: str | Path) -> Path:
         ExportError: If a product has no loop nest; the message names it.
     """
     lines = ["Layer,M,N,K,"]
+    taken: set[str] = set()
     for product in step_products(graph):
-        name = re.sub(r"\W+", "_", f"{product.kind}_{product.name}")
         suffix = f"_x{product.nest.g}" if product.nest.g > 1 else ""
         m, n, inner = gemm(product.nest)
-        lines.append(f"{name}{suffix},{m},{n},{inner},")
+        lines.append(f"{_name(product, suffix, taken)},{m},{n},{inner},")
     return write_text("\n".join(lines) + "\n", path)
+
+
+def _name(product: StepProduct, suffix: str, taken: set[str]) -> str:
+    """A name of letters, digits and underscores that no other layer has: SCALE-Sim's results go by it."""
+    plain = re.sub(r"\W+", "_", f"{product.kind}_{product.name}", flags=re.ASCII)
+    name, number = plain + suffix, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{plain}_{number}{suffix}"
+    taken.add(name.lower())
+    return name

@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,18 @@ def test_bad_targets_are_refused_and_nothing_is_left(t: Transformed, tmp_path: P
     with pytest.raises(InputError, match="value 'joy' is not allowed; choose one of energy_j, time_s, macs"):
         write_model_explorer(t.graph, tmp_path / "e.json", value="joy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_whose_names_differ_in_signs_only_stay_apart(tmp_path: Path) -> None:
+    """``a-b`` and ``a_b`` are two modules, and so are ``Up`` and ``up``; SCALE-Sim's results go by the name."""
+    names = ("a-b", "a_b", "a b", "Up", "up")
+    model = torch.nn.Sequential(OrderedDict((name, torch.nn.Linear(4, 4)) for name in names))
+    graph = e2pass.transform(model, torch.zeros(2, 4), config="neutral").graph
+    renamed = [replace(p, name=f"trunk/{name}") for p, name in zip(step_products(graph), names, strict=False)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("e2pass.backends.interop.scalesim.step_products", lambda _: renamed)
+        rows = write_scalesim(graph, tmp_path / "topology.csv").read_text().splitlines()[1:]
+    layers = [row.split(",")[0] for row in rows]
+    assert len(layers) == 5
+    assert len({layer.lower() for layer in layers}) == 5
+    assert all(layer.isascii() and layer.replace("_", "").isalnum() for layer in layers)
