@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import e2pass
 from e2pass.backends.fpga import FpgaCostModel
 from e2pass.cli import app
+from e2pass.cli.options import PRESETS
 from e2pass.cli.target import build_model, parse_inputs
 from e2pass.errors import InputError
 from e2pass.report import CostReport
@@ -257,3 +258,11 @@ def test_inputs() -> None:
     ):
         with pytest.raises(InputError, match=message):
             parse_inputs(texts)
+
+
+@pytest.mark.parametrize("command", ["analyze", "inspect", "export"])
+def test_help_names_every_preset(command: str) -> None:
+    assert list(PRESETS) == list(e2pass.PRESETS)
+    printed = " ".join(run(command, "--help").output.replace("│", " ").split())
+    assert "e2train | paper | smd" in printed
+    assert "…" not in printed, "a text was cut"

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from e2pass.cli.errors import one_line_errors
-from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, check_output, keyword_arguments, one_of
+from e2pass.cli.options import (
+    PRESETS,
+    Arguments,
+    BoardName,
+    Input,
+    Keywords,
+    Model,
+    check_output,
+    keyword_arguments,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from e2pass.report import CostReport
@@ -27,7 +37,9 @@ def analyze(
     kwargs: Keywords = None,
     board: BoardName = "zedboard",
     objective: Annotated[str, typer.Option(help="What each product is tiled for: energy | latency")] = "energy",
-    config: Annotated[str | None, typer.Option(help="Preset to price beside the plain step, e.g. e2train")] = None,
+    config: Annotated[
+        str | None, typer.Option(help=f"Preset to price beside the plain step: {' | '.join(PRESETS)}")
+    ] = None,
     fmt: Annotated[str, typer.Option("--format", "-f", help=" | ".join(FORMATS))] = "table",
     out: Output = None,
     steps: Annotated[int | None, typer.Option(help="Nominal steps of a whole run")] = None,

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from e2pass.cli.errors import one_line_errors
-from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, check_output, keyword_arguments, one_of
+from e2pass.cli.options import (
+    Arguments,
+    BoardName,
+    Input,
+    Keywords,
+    Model,
+    Preset,
+    check_output,
+    keyword_arguments,
+    one_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +55,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help=" | ".join(FORMATS))],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="File to write")],
     kwargs: Keywords = None,
-    config: Annotated[str, typer.Option(help="Preset to transform with")] = "e2train",
+    config: Preset = "e2train",
     board: BoardName = "zedboard",
     checkpoint: Annotated[
         Path | None, typer.Option(help="State dict of the transformed model, written by torch.save (ONNX only)")

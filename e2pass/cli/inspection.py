@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from e2pass.cli.errors import one_line_errors
-from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, check_output, keyword_arguments
+from e2pass.cli.options import Arguments, BoardName, Input, Keywords, Model, Preset, check_output, keyword_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from e2pass.step.node import GraphNode
     from e2pass.transformed import Transformed
 
-Filter = Annotated[str | None, typer.Option(help="Show only this part of the graph")]
+RegionName = Annotated[str | None, typer.Option(metavar="NAME", help="Only operations of this region")]
+BlockName = Annotated[str | None, typer.Option(metavar="NAME", help="Only operations of this residual block")]
+Tag = Annotated[
+    str | None, typer.Option(help="Only operations with this tag, such as psg.msb, or below it, such as psg")
+]
+ModulePath = Annotated[str | None, typer.Option(help="Only operations of this module and those in it")]
 SHOWN_CHANGES = 20
 """Lines of operations added, removed and replaced, each, that ``--diff`` prints without ``--all``."""
 
@@ -33,7 +38,7 @@ def inspect(
     *,
     shapes: Input,
     kwargs: Keywords = None,
-    config: Annotated[str, typer.Option(help="Preset to transform with")] = "e2train",
+    config: Preset = "e2train",
     board: BoardName = "zedboard",
     graph: Annotated[bool, typer.Option("--graph", help="Print the training step, one line an operation")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what was added, replaced and removed")] = False,
@@ -41,10 +46,10 @@ def inspect(
         bool, typer.Option("--all", help=f"With --diff: every change, not the first {SHOWN_CHANGES} of each kind")
     ] = False,
     node: Annotated[str | None, typer.Option(metavar="NAME", help="Print everything about one operation")] = None,
-    region: Filter = None,
-    block: Filter = None,
-    tag: Filter = None,
-    path: Filter = None,
+    region: RegionName = None,
+    block: BlockName = None,
+    tag: Tag = None,
+    path: ModulePath = None,
     html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write a page to look at in a browser")] = None,
 ) -> None:
     """Show what a transformation does to MODEL: blocks, weight gradients, and the reason for each that was left alone.

@@ -21,7 +21,12 @@ def opt(
     *,
     shapes: Input,
     passes: Annotated[
-        str, typer.Option("--passes", "-p", help='E.g. "find-residual-blocks,insert-gates{hidden=10},outline,lower"')
+        str,
+        typer.Option(
+            "--passes",
+            "-p",
+            help='Names, separated by commas, with options: "find-residual-blocks, insert-gates{hidden=10}"',
+        ),
     ],
     kwargs: Keywords = None,
     board: BoardName = "zedboard",

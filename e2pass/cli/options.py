@@ -12,12 +12,19 @@ Model = Annotated[str, typer.Argument(help="package.module:callable or path/to/f
 Arguments = Annotated[
     str | None, typer.Argument(metavar="[JSON]", help="Keyword arguments of the callable, e.g. '{\"depth\": 20}'")
 ]
-Keywords = Annotated[str | None, typer.Option("--kwargs", help="The same as an option", metavar="JSON")]
+Keywords = Annotated[
+    str | None, typer.Option("--kwargs", help="The arguments of the callable, as an option", metavar="JSON")
+]
 Input = Annotated[
     list[str],
     typer.Option("--input", "-i", metavar="[NAME=]DIMS[:DTYPE]", help="Shape, batch first; once for each input"),
 ]
 BoardName = Annotated[str, typer.Option("--board", "-b", help="Name of a shipped board, or path of a board file")]
+
+
+PRESETS = ("e2train", "paper", "smd", "slu", "psg", "signsgd", "8bit", "neutral")
+"""Those of ``e2pass.PRESETS``, which would take torch to import."""
+Preset = Annotated[str, typer.Option("--config", help=f"Preset to transform with: {' | '.join(PRESETS)}")]
 
 
 def keyword_arguments(argument: str | None, option: str | None) -> str | None:
