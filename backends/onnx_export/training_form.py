@@ -25,7 +25,7 @@ from e2pass.capture.output import opened
 from e2pass.errors import ExportError, InputError, LoweringError
 from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, Region, RunRegion, Skip, ValueName
-from e2pass.runtime.gates import Gate, SLUGates
+from e2pass.runtime.gates import Gate, SLUGates, keep_finite
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module, SelectionCounts
 from e2pass.runtime.runner import LoweringCache, RegionRunner
@@ -329,21 +329,21 @@ def _check_gates(slu: SLUGates) -> None:
 def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tensor:
     """As ``SLUGates``, with the step's number as a tensor: the graph holds for the first step and for all others."""
     del current
-    mean, var = gate.logit_mean.view(1), gate.logit_var.view(1)
+    mean, var = gate.logit_mean.view(1).clone(), gate.logit_var.view(1).clone()
     if len(logit) > 1:
         batch_mean, batch_var = torch.zeros_like(mean), torch.ones_like(var)
         out = nn.functional.batch_norm(logit, batch_mean, batch_var, training=True, momentum=1.0, eps=1e-8)
         with torch.no_grad():
             momentum = torch.where(slu.steps > 0, slu.MOMENTUM, 1.0)
-            mean.copy_((1.0 - momentum) * mean + momentum * batch_mean)
-            var.copy_((1.0 - momentum) * var + momentum * batch_var)
+            keep_finite(gate, torch.lerp(mean, batch_mean, momentum), torch.lerp(var, batch_var, momentum))
         return out
     with torch.no_grad():
         momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM)
         away = (logit - mean).view(1)
-        var.copy_((var + momentum * away.square()) * (1.0 - momentum))
-        mean.copy_(mean + momentum * away)
-    return nn.functional.batch_norm(logit, mean.clone(), var.clone(), eps=1e-8)
+        var = (var + momentum * away.square()) * (1.0 - momentum)
+        mean = mean + momentum * away
+    keep_finite(gate, mean, var)
+    return nn.functional.batch_norm(logit, mean, var, eps=1e-8)
 
 
 def _plain_runners(twin: E2Module) -> dict[str, RegionRunner]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2pass.runtime.decision import HardDecision, WithZeroGradients, processes_wait
 from e2pass.runtime.gate_cell import GateCell
 
 _COUNTERS = ("opened", "decided", "varied", "opened_eval", "decided_eval")
@@ -63,7 +64,8 @@ class _Pass:
         costs: Weight of the compute term in each gate's backward; 0-d each.
         weights: Of the LSTM cell and the head, as ``GateCell`` takes them.
         step: Steps that the controller has done before; 0 in evaluation.
-        decisions: Gate and decision (B,), in the order they were made.
+        learning: Whether statistics and the price move.
+        decisions: Gate, decision (B,) and score, (B,) or (1,) or None, in the order they were made.
         generator: State of the random gates' dice.
     """
 
@@ -75,7 +77,8 @@ class _Pass:
             self.costs = (relative * (slu.ALPHA if slu.inject and slu.training else 0.0)).unbind()
             lstm, head = slu.lstm, slu.head
             self.weights = (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih + lstm.bias_hh, head.weight, head.bias)
-        self.decisions: list[tuple[int, Tensor]] = []
+        self.learning = slu.training and torch.is_grad_enabled()
+        self.decisions: list[tuple[int, Tensor, Tensor | None]] = []
         self.generator: torch.Generator | None = None
         self._slu = slu
 
@@ -174,13 +177,13 @@ class SLUGates(nn.Module):
     def _learned(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         gate: Gate = self.gates[index]  # type: ignore[assignment]
         pooled = gate.pool(fork)
-        if self.per == "batch":
+        if self.per == "batch" and not (self.training and len(fork) == 0):  # nothing has no mean to learn from
             pooled = pooled.mean(0, keepdim=True)
         current = self._pass or _Pass(self)
         h, c = (None, None) if previous is None else previous[1:]
         logit, h, c = GateCell.apply(pooled, h, c, gate.embed.weight, *current.weights)  # type: ignore[no-untyped-call]
         standardised = self._standardise(gate, logit, current)
-        mask, score = _HardDecision.apply(  # type: ignore[no-untyped-call]
+        mask, score = HardDecision.apply(  # type: ignore[no-untyped-call]
             standardised, current.offsets[index], current.costs[index]
         )
         if self.per == "batch":
@@ -191,21 +194,24 @@ class SLUGates(nn.Module):
 
     def _standardise(self, gate: Gate, logit: Tensor, current: _Pass) -> Tensor:
         """Bring logits (n, 1) to mean 0 and variance 1: a batch norm without weights."""
-        mean, var = gate.logit_mean.view(1), gate.logit_var.view(1)
-        learning = self.training and torch.is_grad_enabled()
-        if learning and len(logit) > 1:
+        mean, var = gate.logit_mean.view(1).clone(), gate.logit_var.view(1).clone()
+        if not current.learning or len(logit) == 0:
+            return functional.batch_norm(logit, mean, var, eps=1e-8)
+        if len(logit) > 1:
             # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
             # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
             momentum = self.MOMENTUM if current.step > 0 else 1.0
-            return functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=1e-8)
-        if learning:
-            # One logit has no spread of its own, so running statistics have to do.
-            with torch.no_grad():
-                momentum = max(self.MOMENTUM, 1.0 / (current.step + 2))  # one whole would leave a variance of 0
-                away = (logit - mean).view(1)
-                var.add_(momentum * away.square()).mul_(1.0 - momentum)
-                mean.add_(momentum * away)
-        return functional.batch_norm(logit, mean.clone(), var.clone(), eps=1e-8)
+            out = functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=1e-8)
+            keep_finite(gate, mean, var)
+            return out
+        # One logit has no spread of its own, so running statistics have to do.
+        with torch.no_grad():
+            momentum = max(self.MOMENTUM, 1.0 / (current.step + 2))  # one whole would leave a variance of 0
+            away = (logit - mean).view(1)
+            var.add_(momentum * away.square()).mul_(1.0 - momentum)
+            mean.add_(momentum * away)
+        keep_finite(gate, mean, var)
+        return functional.batch_norm(logit, mean, var, eps=1e-8)
 
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
@@ -216,7 +222,7 @@ class SLUGates(nn.Module):
             decision = torch.full((batch,), 0.0 if self.kind == "closed" else 1.0, device=fork.device)
         self._record(index, decision, None)
         if index == 0 and self.training and torch.is_grad_enabled() and processes_wait():
-            decision = _WithZeroGradients.apply(decision, *self.parameters())  # type: ignore[no-untyped-call]
+            decision = WithZeroGradients.apply(decision, *self.parameters())  # type: ignore[no-untyped-call]
         return decision, empty, empty
 
     def _thrown(self, index: int, batch: int) -> Tensor:
@@ -259,8 +265,8 @@ class SLUGates(nn.Module):
 
     def _record(self, index: int, mask: Tensor, score: Tensor | None) -> None:
         if self._pass is not None:
-            self._pass.decisions.append((index, mask.detach()))
-            if score is not None and self.training and torch.is_grad_enabled():
+            self._pass.decisions.append((index, mask.detach(), None if score is None else score.detach()))
+            if score is not None and self._pass.learning:
                 self._scores.append((index, score))
 
     def cost_term(self) -> Tensor:
@@ -275,25 +281,36 @@ class SLUGates(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """A forward pass is over: count its decisions, and move the price of energy towards the target by them."""
+        """A forward pass is over: count its decisions, and move the price of energy towards the target by them.
+
+        A decision on a score that is no number closed its block, and counts nowhere; a step with one moves no price.
+        """
         current, self._pass = self._pass, None
-        if current is None or not current.decisions:
+        if current is None or not current.decisions or len(current.decisions[0][1]) == 0:
             return
         if current.generator is not None:
             self.random_state.copy_(current.generator.get_state())
-        index = torch.tensor([i for i, _ in current.decisions], device=self.weight.device)
-        share = torch.stack([mask for _, mask in current.decisions]).to(torch.float64).mean(1)
-        samples = len(current.decisions[0][1])
+        indices, masks, scores = zip(*current.decisions, strict=True)
+        index = torch.tensor(indices, device=self.weight.device)
+        open_ = torch.stack(masks).to(torch.float64)
+        known = torch.ones_like(open_)
+        if scores[0] is not None:
+            known = torch.stack(scores).isfinite().to(torch.float64).expand_as(open_)
+        share = (open_ * known).sum(1) / known.sum(1).clamp(min=1.0)
+        self._count(index, share, known.sum(1))
+        if current.learning and scores[0] is not None:
+            sound = known.min()
+            executed = (self.weight[index] * share).sum()
+            self.price += sound * self.GAIN * (executed - (1.0 - self.target))
+            self.price.clamp_(-self.LIMIT, self.LIMIT)
+            self.steps += sound.to(torch.int64)
+
+    def _count(self, index: Tensor, share: Tensor, samples: Tensor) -> None:
         opened, decided = (self.opened, self.decided) if self.training else (self.opened_eval, self.decided_eval)
         opened.index_add_(0, index, samples * share)
-        decided.index_add_(0, index, torch.full_like(share, samples))
+        decided.index_add_(0, index, samples)
         if self.training:
             self.varied.index_add_(0, index, samples * share * (1.0 - share))
-        if self._scores:
-            executed = (self.weight[index] * share).sum()
-            self.price += self.GAIN * (executed - (1.0 - self.target))
-            self.price.clamp_(-self.LIMIT, self.LIMIT)
-            self.steps += 1
 
     def reset_statistics(self) -> None:
         """Forget the counts of opened and decided samples."""
@@ -325,6 +342,17 @@ class SLUGates(nn.Module):
         return variance.clamp(min=0.0).sqrt()
 
 
+@torch.no_grad()
+def keep_finite(gate: Gate, mean: Tensor, var: Tensor) -> None:
+    """Store new statistics (1,) of a gate's logit; where they are no numbers, those from before stay.
+
+    A batch with a NaN spoils its own step; kept in an average it would spoil every evaluation after it.
+    """
+    sound = (mean + var).isfinite()
+    gate.logit_mean.copy_(torch.where(sound, mean, gate.logit_mean).view(()))
+    gate.logit_var.copy_(torch.where(sound, var, gate.logit_var).view(()))
+
+
 def linear_rates(weight: Tensor, target: float) -> list[float]:
     """Skip rates that grow linearly with depth, at most to 1, and whose mean weighted by ``weight`` is ``target``.
 
@@ -339,46 +367,3 @@ def linear_rates(weight: Tensor, target: float) -> list[float]:
         reached = float((energy * (slope * depth).clamp(max=1.0)).sum())
         low, high = (slope, high) if reached < target * float(energy.sum()) else (low, slope)
     return (high * depth).clamp(max=1.0).tolist()
-
-
-def processes_wait() -> bool:
-    """Whether other processes may wait for a gradient of every parameter, also of those that were not used."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class _WithZeroGradients(torch.autograd.Function):
-    """The decision as it is; gates that did not decide get gradients of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, decision: Tensor, *unused: Tensor) -> Tensor:
-        ctx.save_for_backward(*unused)
-        return decision.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, *(torch.zeros_like(p) for p in ctx.saved_tensors)
-
-
-class _HardDecision(torch.autograd.Function):
-    """Step function forward; backward the sigmoid's slope times the task gradient, plus the compute term.
-
-    Takes standardised logits (n, 1) and the gate's offset; returns decisions (n,) and scores (n,). The compute term is
-    relative to the task gradient at this gate, so that loss scaling and accumulation change nothing; it also reaches
-    samples whose block did not run and so have no task gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logit: Tensor, offset: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        score = logit.squeeze(1) + offset
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(score, alpha)
-        return (score > 0).to(score.dtype), score
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_score: Tensor | None) -> Any:
-        score, alpha = ctx.saved_tensors
-        if grad is not None:
-            p = torch.sigmoid(score)
-            through = (grad + alpha * grad.abs().mean()) * p * (1 - p)
-            grad_score = through if grad_score is None else grad_score + through
-        return (None, None, None) if grad_score is None else (grad_score.unsqueeze(1), grad_score.sum(), None)

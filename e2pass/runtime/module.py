@@ -14,7 +14,8 @@ from e2pass.capture import Capture
 from e2pass.config import Config
 from e2pass.errors import E2PassError
 from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
-from e2pass.runtime.gates import SLUGates, processes_wait
+from e2pass.runtime.decision import processes_wait
+from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.merge import merge_gathered, merge_masked
 from e2pass.runtime.runner import LoweringCache, RegionRunner, fetch
 from e2pass.runtime.scales import RunningScales
