@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -252,6 +253,9 @@ def gradients(model: torch.nn.Module) -> Arrays:
 def gradients_in_double(pair: Pair, where: Any, sides: list[np.ndarray[Any, Any]]) -> Arrays:
     """The gradients of the step from the same state and with the same sides, computed in double precision."""
     twin = copy.deepcopy(pair.t.model).double()
+    for part in (twin.e2_slu, twin.e2_scales):  # which keep their types: here the whole step has to be double
+        if part is not None:
+            nn.Module._apply(part, lambda t: t.double() if t.is_floating_point() else t)
     with GivenSides(sides):
         pair.loss(pair.run(twin, pair.x[where].double()), pair.y[where]).backward()
     return gradients(twin)

@@ -49,35 +49,40 @@ class GateCell(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logit: Tensor | None, d_h: Tensor | None, d_c: Tensor | None) -> Any:
         """Backpropagate through the cell; each gradient has the shape of its input."""
-        inputs, (h_new, *saved) = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-        if torch.is_grad_enabled():  # a second derivative is wanted: leave the first one to autograd
-            return _differentiable(inputs, (d_logit, d_h, d_c))
-        pooled, h, c, _, w_ih, w_hh, _, head_w, head_b = inputs
-        embedded, gates, new, squashed = saved
-        i, f, _, o = gates.chunk(4)
-        d_row = head_b.new_zeros(1, len(pooled)) if d_logit is None else d_logit.reshape(1, -1)
-        d_h = head_w.t() * d_row if d_h is None else torch.addmm(d_h, head_w.t(), d_row)
-        d_c_new = aten.tanh_backward(d_h * o, squashed)
-        if d_c is not None:
-            d_c_new = d_c_new + d_c
-        d_gates = [
-            aten.sigmoid_backward(d_c_new * new, i),
-            torch.zeros_like(d_c_new) if c is None else aten.sigmoid_backward(d_c_new * c, f),
-            aten.tanh_backward(d_c_new * i, new),
-            aten.sigmoid_backward(d_h * squashed, o),
-        ]
-        d = torch.cat(d_gates)
-        return (
-            None,
-            None if h is None else w_hh.t() @ d,
-            None if c is None else d_c_new * f,
-            (w_ih.t() @ d) @ pooled,
-            d @ embedded.t(),
-            torch.zeros_like(w_hh) if h is None else d @ h.t(),
-            d.sum(1),
-            d_row @ h_new.t(),
-            d_row.sum(1),
-        )
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # as in forward
+            if torch.is_grad_enabled():  # a second derivative is wanted: leave the first one to autograd
+                return _differentiable(ctx.saved_tensors[:9], (d_logit, d_h, d_c))
+            return _gradients(ctx.saved_tensors, (d_logit, d_h, d_c))
+
+
+def _gradients(kept: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> Any:
+    inputs, (h_new, *saved), (d_logit, d_h, d_c) = kept[:9], kept[9:], grads
+    pooled, h, c, _, w_ih, w_hh, _, head_w, head_b = inputs
+    embedded, gates, new, squashed = saved
+    i, f, _, o = gates.chunk(4)
+    d_row = head_b.new_zeros(1, len(pooled)) if d_logit is None else d_logit.reshape(1, -1)
+    d_h = head_w.t() * d_row if d_h is None else torch.addmm(d_h, head_w.t(), d_row)
+    d_c_new = aten.tanh_backward(d_h * o, squashed)
+    if d_c is not None:
+        d_c_new = d_c_new + d_c
+    d_gates = [
+        aten.sigmoid_backward(d_c_new * new, i),
+        torch.zeros_like(d_c_new) if c is None else aten.sigmoid_backward(d_c_new * c, f),
+        aten.tanh_backward(d_c_new * i, new),
+        aten.sigmoid_backward(d_h * squashed, o),
+    ]
+    d = torch.cat(d_gates)
+    return (
+        None,
+        None if h is None else w_hh.t() @ d,
+        None if c is None else d_c_new * f,
+        (w_ih.t() @ d) @ pooled,
+        d @ embedded.t(),
+        torch.zeros_like(w_hh) if h is None else d @ h.t(),
+        d.sum(1),
+        d_row @ h_new.t(),
+        d_row.sum(1),
+    )
 
 
 def _compute(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from e2pass.runtime.decision import HardDecision, WithZeroGradients, processes_wait
 from e2pass.runtime.gate_cell import GateCell
+from e2pass.runtime.own_types import OwnTypes
 
 _COUNTERS = ("opened", "decided", "varied", "opened_eval", "decided_eval")
 
@@ -88,7 +89,7 @@ class _Pass:
         return int(self._slu.steps) if self._slu.training else 0
 
 
-class SLUGates(nn.Module):
+class SLUGates(OwnTypes):
     """All gates of a model, the LSTM they share, and the controller of the skip ratio.
 
     Attributes:

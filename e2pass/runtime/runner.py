@@ -139,7 +139,8 @@ class RegionRunner:
         self.share = 0.0 if frozen else share
         graph = self.frozen if frozen and self.frozen is not None else self.eager
         with self._norms_in_evaluation(frozen):
-            if precise or self.cache is None or self.region.name in self.cache.failed:
+            # Of no sample there is no largest value, so nothing that a quantizer could scale by.
+            if precise or batch == 0 or self.cache is None or self.region.name in self.cache.failed:
                 return self._run_eager(graph, inputs, share)
             try:
                 return self._run_lowered(self.cache, graph, inputs, batch, share, overrides, on_counts, on_scales)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from e2pass.runtime.own_types import OwnTypes
 
 
-class RunningScales(nn.Module):
+class RunningScales(OwnTypes):
     """One buffer a region with the exponential moving average of its quantizers' scales; 0 means not seen yet.
 
     Attributes:

@@ -94,12 +94,16 @@ def test_a_batch_of_no_sample_is_the_originals_and_moves_nothing(per: str, gate:
 
 
 @pytest.mark.parametrize("preset", ["e2train", "8bit"])
-def test_a_batch_of_no_sample_in_low_precision(preset: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_no_sample_in_low_precision(preset: str, training: bool) -> None:
     torch.manual_seed(0)
     t = e2pass.transform(image_net(conv_residual(8), nn.ReLU()), torch.randn(6, 3, 8, 8), config=preset)
     t.model(torch.randn(6, 3, 8, 8)).sum().backward()
+    original = t.unwrap().train(training)
+    t.model.train(training)
     kept: dict[str, Any] = copy.deepcopy(t.model.state_dict())
-    t.model.eval()
-    assert t.model(torch.randn(0, 3, 8, 8)).shape == (0, 10)
+    assert t.model(torch.randn(0, 3, 8, 8)).shape == original(torch.randn(0, 3, 8, 8)).shape
     for name, value in t.model.state_dict().items():
-        assert not isinstance(value, Tensor) or torch.equal(value, kept[name]), name
+        assert not name.startswith("e2_") or not isinstance(value, Tensor) or torch.equal(value, kept[name]), name
+    for name, buffer in original.named_buffers():
+        torch.testing.assert_close(t.model.get_buffer(name), buffer, equal_nan=True, msg=name)
