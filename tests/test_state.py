@@ -247,3 +247,56 @@ def test_norms_in_evaluation_stay_there(config: str) -> None:
     for twin in (copy.deepcopy(t.model), pickle.loads(pickle.dumps(t.model))):
         norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
         assert [m.training for m in norms[:2]] == [False, True]
+
+
+class KeepsNormFrozen(nn.Module):
+    """Its norm stays in evaluation whatever ``train`` is called with; written with a branch or without."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.bn, self.net, self.branches = nn.BatchNorm2d(3), small_resnet(), branches
+        self.bn.running_mean = torch.tensor([0.5, -0.5, 1.0])
+
+    def train(self, mode: bool = True) -> KeepsNormFrozen:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        if self.branches and x.shape[-1] > x.shape[-2]:  # torch.fx cannot trace it
+            x = x.mT
+        return self.net(self.bn(x))
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["symbolic_trace", "export"])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_class_that_keeps_its_norms_frozen_goes_on_doing_so(branches: bool, called_before: bool) -> None:
+    original = KeepsNormFrozen(branches)
+    if called_before:
+        original.train()
+    images = torch.randn(6, 3, 8, 8)
+    t = e2pass.transform(original, images, config="neutral")
+    assert [d.message for d in t.diagnostics if d.code == "E2P100"] == [
+        "captured by " + ("export" if branches else "symbolic_trace")
+    ]
+    assert not [d for d in t.diagnostics if d.code == "E2P103"]
+    assert t.verify()
+    twin = copy.deepcopy(t.model)
+    for model in (t.model, twin):
+        theirs = copy.deepcopy(original)
+        for mode in (False, True):
+            model.train(mode)
+            theirs.train(mode)
+            modes = [m.training for n, m in model.named_modules() if not n.startswith("e2_")]
+            assert modes == [m.training for m in theirs.modules()]
+            assert model.e2_counts.training == mode
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, theirs)]
+        for _ in range(2):
+            for module, optimizer in zip((model, theirs), optimizers, strict=True):
+                optimizer.zero_grad()
+                module(images).square().sum().backward()
+                optimizer.step()
+            torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-4)
+        for name, buffer in theirs.named_buffers():
+            torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.get_buffer("bn.running_mean"), torch.tensor([0.5, -0.5, 1.0]))

@@ -18,7 +18,7 @@ from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.origin import explain
 from e2pass.capture.rung import Draft, RungError, graft
 from e2pass.capture.shapes import Observed, ShapeWorld, make_world, observe
-from e2pass.capture.state import model_kept, quiet, rng_kept
+from e2pass.capture.state import model_kept, modes_kept, quiet, rng_kept
 from e2pass.capture.verify import Run, difference, run, run_model
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import CaptureError, InputError
@@ -304,7 +304,7 @@ class _Ladder:
         self._diagnostics.info("E2P100", "", f"captured by {result.rung}")
         for reason in reasons:
             self._diagnostics.info("E2P101", "", f"not captured by {reason}")
-        still = _in_evaluation(self._model) if result.rung == "export" else []
+        still = self._in_evaluation() if result.rung == "export" else []
         if still:
             message = f"{_and_more(still)} in evaluation, but an exported graph trains in all modules or in none"
             self._diagnostics.warn("E2P103", still[0], message)
@@ -318,6 +318,15 @@ class _Ladder:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))
 
+    def _in_evaluation(self) -> list[str]:
+        """Norms and dropouts in evaluation within a model in training, other than those that its ``train()`` leaves."""
+        kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+        with modes_kept(self._work):
+            self._work.train(self._model.training)
+            exported = {name for name, module in self._work.named_modules() if module.training}
+        modules = self._model.named_modules()
+        return [n for n, m in modules if isinstance(m, kinds) and not m.training and n in exported]
+
 
 def _cumulative_norm(model: nn.Module) -> str:
     """A norm whose momentum is one over the number of its calls, which no graph can hold; empty if there is none."""
@@ -330,12 +339,6 @@ def _cumulative_norm(model: nn.Module) -> str:
 def _and_more(names: Sequence[str]) -> str:
     """The verb for the first of ``names`` and all others."""
     return "is" if len(names) == 1 else f"and {len(names) - 1} more are"
-
-
-def _in_evaluation(model: nn.Module) -> list[str]:
-    """Norms and dropouts that are in evaluation within a model that is in training."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    return [n for n, m in model.named_modules() if isinstance(m, kinds) and model.training and not m.training]
 
 
 def _split_modes(graphs: tuple[fx.Graph, fx.Graph], model: nn.Module) -> list[fx.Graph]:

@@ -121,6 +121,21 @@ class E2Module(nn.Module):
         source.training = self.training
         return source
 
+    def train(self, mode: bool = True) -> E2Module:
+        """Set the mode as the original's class does it: one that keeps frozen norms in evaluation goes on doing so."""
+        source = self.source()
+        if getattr(source.train, "__func__", None) is nn.Module.train:
+            super().train(mode)
+            return self
+        source.train(mode)
+        self.training = source.training
+        for registry in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[registry].update(source.__dict__[registry])  # what it assigned
+        for name, module in self._modules.items():
+            if name not in source._modules and module is not None:
+                module.train(mode)
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are the original's."""
         return self.execute(args, kwargs, masked=False)
