@@ -146,6 +146,7 @@ class E2Module(nn.Module):
         After an exception the statistics, scales and gates are as they were before the call.
         """
         executable = self._executable
+        self._refuse_recomputation()
         if torch._C._functorch.maybe_current_level() is not None:
             raise E2PassError(
                 "a transformed model cannot run inside torch.vmap or torch.func.grad; use t.unwrap() there"
@@ -169,6 +170,15 @@ class E2Module(nn.Module):
             run.step(step)
             for name in step.release:
                 run.values.pop(name, None)
+
+    def _refuse_recomputation(self) -> None:
+        stateful = self.e2_slu is not None or self.e2_steps is not None
+        if stateful and self.training and torch._C._current_graph_task_id() != -1:
+            raise E2PassError(
+                "a transformed model in training cannot run within a backward pass, as torch.utils.checkpoint does: "
+                "its gates would decide and be counted twice; call it without checkpoint, or transform with slu=None, "
+                "rounding='nearest' and warmup=0"
+            )
 
     @property
     def _plan(self) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import e2pass
 from e2pass.transformed import Transformed
@@ -294,3 +295,28 @@ def test_sums_of_several_arms_keep_their_order(kind: str) -> None:
     merges = [n for n in t.graph.nodes if n.name.startswith("merge/slu_merge_0") and n.site.phase == "forward"]
     assert len(merges) == 3
     assert all(len(n.operands) >= 2 for n in merges)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_pass_within_backward_is_refused(reentrant: bool) -> None:
+    t = transformed(Blocks(mlp()), torch.randn(6, 8))
+    x = torch.randn(6, 8, requires_grad=True)
+    out: Any = checkpoint(t.model, x, use_reentrant=reentrant)
+    before = {name: value.clone() for name, value in t.model.named_buffers()}
+    with pytest.raises(e2pass.E2PassError, match=r"torch\.utils\.checkpoint"):
+        out.sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in t.model.named_buffers())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_a_model_without_gates_changes_no_gradient(reentrant: bool) -> None:
+    model, x = Blocks(mlp()), torch.randn(6, 8, requires_grad=True)
+    t = e2pass.transform(model, x.detach(), config="8bit")
+    names, parameters = zip(*t.model.named_parameters(), strict=True)
+    found = []
+    for out in (t.model(x), checkpoint(t.model, x, use_reentrant=reentrant)):
+        t.model.zero_grad()
+        out.square().sum().backward()
+        found.append([p.grad.clone() for p in parameters if p.grad is not None])
+    assert len(names) == len(found[0])
+    assert all(map(torch.equal, *found))
