@@ -1,7 +1,8 @@
-"""Batch-norm statistics of averaged weights, for transformed models."""
+"""Batch-norm statistics and gates of averaged weights, for transformed models."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from e2pass.capture.state import modes_kept
 from e2pass.errors import InputError
+from e2pass.runtime.calibration import calibrated
 from e2pass.runtime.module import E2Module
 from e2pass.runtime.runner import Updates
 
@@ -22,8 +24,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
     That function changes the momentum of the norms, which lowered regions bake in; this one leaves it as it is and
     averages what each batch adds. Running scales of quantizers adapt in the same pass. A block that skips samples
     counts each batch by the share of its samples that it ran on. Of a norm that a model calls several times, later
-    calls on a batch weigh more than earlier ones, by one over one minus its momentum. After an error the statistics are
-    those from before.
+    calls on a batch weigh more than earlier ones, by one over one minus its momentum. Learned gates get the statistics
+    of their logits under these weights, and the price of energy at which they skip the target share; for that the
+    logits of the whole pass are held, four bytes for each gate and sample. After an error all are those from before.
 
     Args:
         loader: Batches: a tensor, or a sequence whose first entry is one.
@@ -40,9 +43,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
     users = {name: [r for r in runners if name in r.statistics] for runner in runners for name in runner.statistics}
     totals = {name: _Average() for name in users}
     found = {name: module.get_buffer(name).clone() for name in totals}  # put back unless all batches come through
-    gates = {k: v.clone() for k, v in module.e2_slu.state_dict().items()} if module.e2_slu is not None else None
+    gates = contextlib.nullcontext() if module.e2_slu is None else calibrated(module.e2_slu)
     try:
-        with modes_kept(module):
+        with gates, modes_kept(module):
             module.train()
             for batch in loader:
                 inputs = batch[0] if isinstance(batch, list | tuple) else batch
@@ -57,8 +60,6 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: torch.device | st
     finally:
         for name, value in found.items():
             module.get_buffer(name).copy_(value)
-        if gates is not None:
-            module.e2_slu.load_state_dict(gates)  # type: ignore[union-attr]
 
 
 class _Average:

@@ -332,7 +332,7 @@ def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tens
     mean, var = gate.logit_mean.view(1).clone(), gate.logit_var.view(1).clone()
     if len(logit) > 1:
         batch_mean, batch_var = torch.zeros_like(mean), torch.ones_like(var)
-        out = nn.functional.batch_norm(logit, batch_mean, batch_var, training=True, momentum=1.0, eps=1e-8)
+        out = nn.functional.batch_norm(logit, batch_mean, batch_var, training=True, momentum=1.0, eps=slu.EPS)
         with torch.no_grad():
             momentum = torch.where(slu.steps > 0, slu.MOMENTUM, 1.0)
             keep_finite(gate, torch.lerp(mean, batch_mean, momentum), torch.lerp(var, batch_var, momentum))
@@ -343,7 +343,7 @@ def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tens
         var = (var + momentum * away.square()) * (1.0 - momentum)
         mean = mean + momentum * away
     keep_finite(gate, mean, var)
-    return nn.functional.batch_norm(logit, mean, var, eps=1e-8)
+    return nn.functional.batch_norm(logit, mean, var, eps=slu.EPS)
 
 
 def _plain_runners(twin: E2Module) -> dict[str, RegionRunner]:

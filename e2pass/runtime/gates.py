@@ -78,7 +78,7 @@ class _Pass:
             self.costs = (relative * (slu.ALPHA if slu.inject and slu.training else 0.0)).unbind()
             lstm, head = slu.lstm, slu.head
             self.weights = (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih + lstm.bias_hh, head.weight, head.bias)
-        self.learning = slu.training and torch.is_grad_enabled()
+        self.learning = slu.training and (torch.is_grad_enabled() or slu.logits is not None)
         self.decisions: list[tuple[int, Tensor, Tensor | None]] = []
         self.generator: torch.Generator | None = None
         self._slu = slu
@@ -99,6 +99,7 @@ class SLUGates(OwnTypes):
         survival: How the skip rate of random gates runs with depth: ``constant`` or ``linear``.
         min_active: Samples that enter each block in training at the least.
         sampled: Random gates throw their dice in evaluation too.
+        logits: Where each gate's logits (n,) are to be kept, while they are; None else.
         weight: Energy share of each gated block, summing to 1; buffer.
         price: The controller's price of energy, in units of the standardised logit; buffer.
     """
@@ -109,6 +110,8 @@ class SLUGates(OwnTypes):
     """Bound of the price: beyond it every gate decides the same, and an integral would only wind up."""
     MOMENTUM = 0.05
     """Of the running statistics of each gate's logit."""
+    EPS = 1e-8
+    """Added to the variance of a logit before it is divided by."""
     ALPHA = 0.1
     """Weight of the compute term beside the task gradient that reaches a gate (alpha in the paper's objective)."""
 
@@ -152,12 +155,13 @@ class SLUGates(OwnTypes):
         self.varied: Tensor
         self.opened_eval: Tensor
         self.decided_eval: Tensor
+        self.logits: list[list[Tensor]] | None = None
         self._pass: _Pass | None = None
         self._scores: list[tuple[int, Tensor]] = []
         self._rates: tuple[int, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pass": None, "_scores": []}
+        return {**self.__dict__, "logits": None, "_pass": None, "_scores": []}
 
     def forward(self, index: int, fork: Tensor, previous: GateState | None) -> GateState:
         """Decide for each sample of ``fork`` whether block ``index`` runs.
@@ -183,6 +187,8 @@ class SLUGates(OwnTypes):
         current = self._pass or _Pass(self)
         h, c = (None, None) if previous is None else previous[1:]
         logit, h, c = GateCell.apply(pooled, h, c, gate.embed.weight, *current.weights)  # type: ignore[no-untyped-call]
+        if self.logits is not None:
+            self.logits[index].append(logit.detach().squeeze(1))
         standardised = self._standardise(gate, logit, current)
         mask, score = HardDecision.apply(  # type: ignore[no-untyped-call]
             standardised, current.offsets[index], current.costs[index]
@@ -197,12 +203,12 @@ class SLUGates(OwnTypes):
         """Bring logits (n, 1) to mean 0 and variance 1: a batch norm without weights."""
         mean, var = gate.logit_mean.view(1).clone(), gate.logit_var.view(1).clone()
         if not current.learning or len(logit) == 0:
-            return functional.batch_norm(logit, mean, var, eps=1e-8)
+            return functional.batch_norm(logit, mean, var, eps=self.EPS)
         if len(logit) > 1:
             # By the batch's own statistics, gradients included: a step that shifts or stretches all logits alike then
             # decides nothing, where running ones would lag behind it and every gate would close for all inputs.
             momentum = self.MOMENTUM if current.step > 0 else 1.0
-            out = functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=1e-8)
+            out = functional.batch_norm(logit, mean, var, training=True, momentum=momentum, eps=self.EPS)
             keep_finite(gate, mean, var)
             return out
         # One logit has no spread of its own, so running statistics have to do.
@@ -212,7 +218,7 @@ class SLUGates(OwnTypes):
             var.add_(momentum * away.square()).mul_(1.0 - momentum)
             mean.add_(momentum * away)
         keep_finite(gate, mean, var)
-        return functional.batch_norm(logit, mean, var, eps=1e-8)
+        return functional.batch_norm(logit, mean, var, eps=self.EPS)
 
     def _fixed(self, index: int, fork: Tensor) -> GateState:
         batch = fork.shape[0]
