@@ -338,7 +338,7 @@ def _standardise(slu: SLUGates, gate: Gate, logit: Tensor, current: Any) -> Tens
             keep_finite(gate, torch.lerp(mean, batch_mean, momentum), torch.lerp(var, batch_var, momentum))
         return out
     with torch.no_grad():
-        momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM)
+        momentum = (1.0 / (slu.steps + 2)).clamp(min=slu.MOMENTUM_OF_ONE)
         away = (logit - mean).view(1)
         var = (var + momentum * away.square()) * (1.0 - momentum)
         mean = mean + momentum * away

@@ -51,13 +51,13 @@ def _fit(slu: SLUGates, logits: Sequence[Tensor]) -> dict[str, Tensor]:
         found |= {f"gates.{i}.logit_mean": mean, f"gates.{i}.logit_var": var}
         score = (seen - mean) * (var + slu.EPS).rsqrt() + gate.eagerness.clamp(-gate.REACH, gate.REACH)
         prices.append(score / (slu.weight[i] * len(finite)))
-        shares.append((slu.weight[i] / len(seen)).expand(len(seen)))
+        shares.append((slu.weight[i].double() / len(seen)).expand(len(seen)))
     return found | {"price": _price(torch.cat(prices), torch.cat(shares), slu).clamp(-slu.LIMIT, slu.LIMIT)}
 
 
 def _price(at_which_it_closes: Tensor, share: Tensor, slu: SLUGates) -> Tensor:
     """The price between the last sample that opens within the target and the first one beyond it."""
     prices, order = at_which_it_closes.nan_to_num(0.0).sort(descending=True)  # a block without a share has no price
-    executed = share[order].double().cumsum(0)
-    last = int((executed < 1.0 - slu.target).sum())
+    executed = share[order].cumsum(0)
+    last = int((executed < 1.0 - slu.target - 1e-9).sum())  # a sum of shares is rounded
     return prices[min(last, len(prices) - 1) : last + 2].mean()

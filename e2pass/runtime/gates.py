@@ -108,8 +108,10 @@ class SLUGates(OwnTypes):
     """Integral gain of the controller per step; a unit of price moves the open share by about 0.4."""
     LIMIT = 4.0
     """Bound of the price: beyond it every gate decides the same, and an integral would only wind up."""
-    MOMENTUM = 0.05
-    """Of the running statistics of each gate's logit."""
+    MOMENTUM = 0.1
+    """Of the running statistics of each gate's logit: as batch norm's, whose statistics the features rest on."""
+    MOMENTUM_OF_ONE = 0.05
+    """The same where a step has a single logit, and training itself decides by them."""
     EPS = 1e-8
     """Added to the variance of a logit before it is divided by."""
     ALPHA = 0.1
@@ -213,7 +215,7 @@ class SLUGates(OwnTypes):
             return out
         # One logit has no spread of its own, so running statistics have to do.
         with torch.no_grad():
-            momentum = max(self.MOMENTUM, 1.0 / (current.step + 2))  # one whole would leave a variance of 0
+            momentum = max(self.MOMENTUM_OF_ONE, 1.0 / (current.step + 2))  # one whole would leave a variance of 0
             away = (logit - mean).view(1)
             var.add_(momentum * away.square()).mul_(1.0 - momentum)
             mean.add_(momentum * away)
