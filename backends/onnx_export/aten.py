@@ -59,6 +59,13 @@ def _decomposition_table() -> dict[Any, Callable[..., Any]]:
     return {**_decomp.create_onnx_friendly_decomposition_table(known), **decompositions.TABLE}
 
 
+def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """An exported program in operators that have a translation."""
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        made: torch.export.ExportedProgram = program.run_decompositions(_decomposition_table())
+    return made
+
+
 def decompose(graph: fx.GraphModule, arguments: Sequence[Any], place_of: PlaceOf) -> fx.GraphModule:
     """Rewrite a graph without mutations, in operators that have a translation.
 
@@ -81,6 +88,10 @@ def decompose(graph: fx.GraphModule, arguments: Sequence[Any], place_of: PlaceOf
             made = tracer(*arguments, *(mode.from_tensor(c) for c in constants))
     except NotImplementedError as error:
         raise ExportError(f"{error} has no ONNX form in a training step; replace it in the model") from error
+    except Exception as error:
+        raise ExportError(
+            f"the graph cannot be rewritten in operators that ONNX has: {first_line(error)}; please report it"
+        ) from error
     made.graph.eliminate_dead_code()
     _fx_passes.insert_type_promotion_nodes(made)
     # From here on nothing has strides, and in a graph without mutations a copy is an identity.

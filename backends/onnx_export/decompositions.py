@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from e2pass.backends.onnx_export import pooling, resampling
+
 aten = torch.ops.aten
 
 
@@ -117,42 +119,6 @@ def _affine(
     return out if bias is None else out + bias.view(view)
 
 
-def max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    """Add each gradient at the position in its plane that the maximum came from."""
-    planes = torch.zeros_like(x).flatten(-2)
-    return planes.scatter_add(-1, indices.flatten(-2), grad.flatten(-2)).view(x.shape)
-
-
-def avg_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    """The transposed convolution with a kernel of equal weights, one group a channel."""
-    kernel, steps, pads = ([*v] * (2 // len(v)) for v in (kernel_size, stride or kernel_size, padding))
-    if ceil_mode or (any(pads) and not count_include_pad and divisor_override is None):
-        raise NotImplementedError("average pooling with ceil_mode, or with padding that does not count")
-    channels = x.shape[-3]
-    weight = grad.new_full((channels, 1, *kernel), 1.0 / (divisor_override or kernel[0] * kernel[1]))
-    missing = [x.shape[i - 2] - ((grad.shape[i - 2] - 1) * steps[i] - 2 * pads[i] + kernel[i]) for i in range(2)]
-    result: Tensor = aten.convolution(grad, weight, None, steps, pads, [1, 1], True, missing, channels)
-    return result
-
-
 def attention(
     query: Tensor,
     key: Tensor,
@@ -168,7 +134,8 @@ def attention(
         raise NotImplementedError("attention with dropout")
     scores = _scores(query, key, is_causal, attn_mask, scale)
     lse = torch.logsumexp(scores, -1)
-    return _heads_inside(torch.softmax(scores, -1) @ value), lse
+    out: Tensor = aten.copy(torch.empty_like(query), torch.softmax(scores, -1) @ value)  # in the query's layout
+    return out, lse
 
 
 def attention_backward(
@@ -236,6 +203,42 @@ def as_strided_scatter(
     return source.reshape(x.shape)
 
 
+def shrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:
+    """The gradient where the input is beyond the threshold."""
+    return torch.where(x.abs() <= lambd, 0.0, grad)
+
+
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """PyTorch's own formula of the same in differentiable operators."""
+    result: tuple[Tensor, Tensor] = aten._weight_norm_differentiable_backward(grad, v, g, norms, dim)
+    return result
+
+
+def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """The source on a diagonal, without a write through a view of it."""
+    moved = x.movedim((dim1, dim2), (-2, -1))
+    rows, columns = (torch.arange(n, device=x.device) for n in moved.shape[-2:])
+    above = max(-offset, 0)
+    lines = aten.constant_pad_nd(source, [above, moved.shape[-2] - source.shape[-1] - above]).unsqueeze(-1)
+    on_it = columns - rows.unsqueeze(1) == offset
+    return torch.where(on_it, lines, moved).movedim((-2, -1), (dim1, dim2))
+
+
+def diagonal_backward(grad: Tensor, input_sizes: Sequence[int], offset: int, dim1: int, dim2: int) -> Tensor:
+    """The gradient on the diagonal, and zeros."""
+    return diagonal_scatter(grad.new_zeros(input_sizes), grad, offset, dim1, dim2)
+
+
+def unfold_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """The sum of what all windows say of each element."""
+    dim %= len(input_sizes)
+    windows = grad.movedim(dim, -2).flatten(-2)
+    position = torch.arange(grad.shape[dim], device=grad.device).unsqueeze(1) * step
+    index = (position + torch.arange(size, device=grad.device)).flatten().expand(windows.shape)
+    zeros = grad.new_zeros((*windows.shape[:-1], input_sizes[dim]))
+    return zeros.scatter_add(-1, index, windows).movedim(-1, dim)
+
+
 def batch_norm_in_place(
     x: Tensor,
     weight: Tensor | None,
@@ -269,10 +272,16 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.as_strided_scatter.default: as_strided_scatter,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
-    aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
-    aten.avg_pool2d_backward.default: avg_pool2d_backward,
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
+    aten.hardshrink_backward.default: shrink_backward,
+    aten.softshrink_backward.default: shrink_backward,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
+    aten.diagonal_scatter.default: diagonal_scatter,
+    aten.diagonal_backward.default: diagonal_backward,
+    aten.unfold_backward.default: unfold_backward,
+    **pooling.TABLE,
+    **resampling.TABLE,
 }
 """Operators to their decompositions; they take precedence over torch's and over the exporter's translations."""
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def checkpoint_into(module: E2Module, checkpoint: Mapping[str, Any] | str | Path
     except Exception as error:
         raise InputError(f"the checkpoint is not one of this model: {mismatch(twin, state) or error}") from None
     return twin
+
+
+def input_names(wanted: Sequence[str], taken: Iterable[str]) -> list[str]:
+    """Names of the batch's inputs: those of the arguments, with ``_in`` behind one that is taken."""
+    used, made = set(taken), []
+    for name in wanted:
+        while name in used:
+            name += "_in"
+        used.add(name)
+        made.append(name)
+    return made
 
 
 def check_size(model: ir.Model) -> None:

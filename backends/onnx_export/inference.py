@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from e2pass.backends.onnx_export.aten import quiet, untranslated
+from e2pass.backends.onnx_export.aten import decomposed, quiet, untranslated
 from e2pass.backends.onnx_export.branches import expand_bodies
 from e2pass.backends.onnx_export.files import (
     check_size,
     checkpoint_into,
     first_line,
+    input_names,
     target_path,
     transformed_module,
     write_model,
@@ -81,12 +82,14 @@ def export_inference(
     if dynamic:
         inputs = inputs.with_batch(max(2, inputs.batch_size))  # torch.export takes a size of 1 for a constant
     tensors = tuple(t.detach() for t in capture.bind(inputs.args, inputs.kwargs))
-    names = _output_names([name for name, _ in form.prepare(tensors)], form.plan.inputs)
+    stored = [name for name, _ in [*form.twin.named_parameters(), *form.twin.named_buffers()]]
+    given = input_names(form.plan.inputs, stored)
+    names = _output_names([name for name, _ in form.prepare(tensors)], [*given, *stored])
     _check_batches(form, dynamic, inputs.batch_size)
     shapes = tuple(_dynamic_dims(node, dynamic) for node in capture.eval.graph.find_nodes(op="placeholder"))
     with quiet(), torch.no_grad(), traced(form.bodies):
         program = _trace(form, tensors, shapes)
-        model = _translate(form, program, names, shapes).model
+        model = _translate(form, program, given, names, shapes).model
         expand_bodies(model, form.place_of)
         to_qdq(model)
         check_size(model)
@@ -141,15 +144,19 @@ def _trace(form: InferenceForm, tensors: tuple[Tensor, ...], shapes: tuple[Any, 
 
 
 def _translate(
-    form: InferenceForm, program: torch.export.ExportedProgram, outputs: list[str], shapes: Sequence[Any]
+    form: InferenceForm,
+    program: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    shapes: Sequence[Any],
 ) -> Any:
     axes = tuple({i: "batch" for i, d in (dims or {}).items() if isinstance(d, torch.export.Dim)} for dims in shapes)
     try:
         return torch.onnx.export(
-            program,
+            decomposed(program),
             (),
             None,
-            input_names=list(form.plan.inputs),
+            input_names=inputs,
             output_names=outputs,
             dynamic_shapes=axes if any(axes) else None,  # the trace has its own: this names the axes
             opset_version=OPSET,

@@ -153,7 +153,7 @@ def _quantize_by(model: ir.Model, encoder: ir.Node, scale: Array) -> None:
     held = _initializer(model, f"{old.name}.frozen", one)
     most = _initializer(model, f"{old.name}.most", np.float32(limit) * one)
     least = _initializer(model, f"{old.name}.least", -np.float32(limit) * one)
-    zero = _initializer(model, "zero_point", np.zeros((), np.int8))
+    zero = _initializer(model, "e2pass.zero_point", np.zeros((), np.int8))
     kept = ir.node("Clip", [x, least, most])  # the codes are symmetric, those of QuantizeLinear reach one lower
     codes = ir.node("QuantizeLinear", [kept.outputs[0], held, zero])
     assert encoder.graph is not None

@@ -12,18 +12,22 @@ from torch import Tensor, fx
 
 from e2pass.backends.onnx_export.aten import decompose, quiet, translate
 from e2pass.backends.onnx_export.branches import expand_bodies
-from e2pass.backends.onnx_export.files import check_size, checkpoint_into, target_path, transformed_module, write_model
+from e2pass.backends.onnx_export.files import (
+    check_size,
+    checkpoint_into,
+    input_names,
+    target_path,
+    transformed_module,
+    write_model,
+)
 from e2pass.backends.onnx_export.opaque import traced
-from e2pass.backends.onnx_export.training_form import TracedStep, TrainingForm
+from e2pass.backends.onnx_export.training_form import NEXT, TracedStep, TrainingForm
 from e2pass.backends.onnx_export.update import state_tensors, update_of
 from e2pass.inputs import Inputs
 from e2pass.runtime.module import E2Module
 
 if TYPE_CHECKING:
     from e2pass.transformed import Transformed
-
-NEXT = "next."
-"""Before the name of an input: the output that holds its new value."""
 
 
 def export_training(
@@ -39,10 +43,11 @@ def export_training(
 ) -> Path:
     """Write forward, loss, backward, gate cost and update as one ONNX graph of standard operators.
 
-    Inputs are the batch (named as the arguments of ``forward``, and ``target``), ``lr.GROUP`` for each parameter group,
-    and every tensor that the step changes, under its name in the state dict; optimizer states are ``NAME.STATE``. All
-    but the batch have their present value as default. Outputs are ``loss``, and ``next.NAME`` for each changed tensor:
-    feed it back as ``NAME``. The batch size is that of the example inputs. Blocks that no sample enters do not run.
+    Inputs are the batch (named as the arguments of ``forward``, with ``_in`` behind a name that is taken, and
+    ``target``), ``lr.GROUP`` for each parameter group, and every tensor that the step changes, under its name in the
+    state dict; optimizer states are ``NAME.STATE``. All but the batch have their present value as default. Outputs are
+    ``loss``, and ``next.NAME`` for each changed tensor: feed it back as ``NAME``. The batch size is that of the example
+    inputs. Blocks that no sample enters do not run.
 
     Args:
         t_or_module: What ``e2pass.transform`` returned, or its ``.model``; it is not changed.
@@ -97,6 +102,9 @@ def _model(form: TrainingForm, step: TracedStep) -> ir.Model:
     model = ir.Model(ir.Graph([], [], nodes=[], name="training_step"), ir_version=10)
     translate(graph, model, model.graph, form.place_of)
     expand_bodies(model, form.place_of)
+    constants = list(model.graph.initializers.values())
+    for constant, name in zip(constants, input_names([str(c.name) for c in constants], step.inputs), strict=True):
+        constant.name = name
     for name, value in zip(names, model.graph.outputs, strict=True):
         value.name = NEXT + name if name in step.state else name
     inputs = dict(zip(step.inputs, model.graph.inputs, strict=True))

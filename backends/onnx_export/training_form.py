@@ -18,11 +18,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from e2pass.backends.onnx_export.decompositions import IN_PLACE
-from e2pass.backends.onnx_export.files import first_line
+from e2pass.backends.onnx_export.files import first_line, input_names
 from e2pass.backends.onnx_export.opaque import Body, MergeWhole, RunBody
 from e2pass.backends.onnx_export.update import Update, state_tensors
 from e2pass.capture.output import opened
-from e2pass.errors import ExportError, InputError, LoweringError
+from e2pass.errors import E2PassError, ExportError, InputError, LoweringError
 from e2pass.parameters import parameter_names, region_parameters
 from e2pass.plan import Decide, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.gates import Gate, SLUGates, keep_finite
@@ -32,6 +32,9 @@ from e2pass.runtime.runner import LoweringCache, RegionRunner
 from e2pass.step.side_graphs import check_loss
 
 Loss = Callable[..., Tensor]
+
+NEXT, GRADIENT, LOSS, TARGET = "next.", "grad.", "loss", "target"
+"""Before an input's name: the output that holds its new value, and its gradient. The other names of the step's own."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,40 @@ class TrainingForm:
             outputs[:] = results
             return list(results.values())
 
-        graph = make_fx(step, dict(IN_PLACE), tracing_mode="fake", _allow_non_fake_inputs=True)(*values)
+        try:
+            graph = make_fx(step, dict(IN_PLACE), tracing_mode="fake", _allow_non_fake_inputs=True)(*values)
+        except E2PassError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"the training step cannot be traced: {first_line(error)}; a loss or module that looks at values must "
+                "be rewritten"
+            ) from error
         return TracedStep(graph, names, outputs, state)
 
     def _inputs(
         self, tensors: Sequence[Tensor], target: Tensor | None
     ) -> tuple[list[str], list[Tensor], dict[str, Tensor]]:
-        batch = dict(zip(self.plan.inputs, tensors, strict=True))
-        if target is not None:
-            batch["target"] = target
         state = state_tensors(self.twin, self.update)
+        own = [LOSS, *([TARGET] if target is not None else [])]
+        self._check_names(state, own)
+        self.arguments = input_names(self.plan.inputs, [*state, *own])
+        batch = dict(zip(self.arguments, tensors, strict=True))
+        if target is not None:
+            batch[TARGET] = target
         named = batch | state
         return list(named), list(named.values()), state
+
+    def _check_names(self, state: Mapping[str, Tensor], own: Sequence[str]) -> None:
+        """Refuse a tensor of the model that has a name which the step needs for another."""
+        for prefix in (NEXT, GRADIENT) if self.gradients else (NEXT,):
+            own = [*own, *(prefix + name for name in state)]
+        taken = next((name for name in own if name in state), None)
+        if taken is not None:
+            raise ExportError(
+                f"the model has a tensor named {taken}, a name that the exported step has for another; rename the "
+                "module or parameter"
+            )
 
     def prepare(self, tensors: Sequence[Tensor]) -> None:
         """Run once for real, so that each region is lowered: inside a trace it could not be."""
@@ -121,14 +146,14 @@ class TrainingForm:
             object.__setattr__(self.twin.e2_slu, "_standardise", functools.partial(_standardise, self.twin.e2_slu))
         with _Swapped(self.twin, {**parameters, **trained, **buffers}):
             self.entered: dict[str, Tensor] = {}
-            output = self._forward([given[n] for n in self.plan.inputs], self._opaque_body)
-            loss = self._loss(output, given["target"] if has_target else None)
+            output = self._forward([given[n] for n in self.arguments], self._opaque_body)
+            loss = self._loss(output, given[TARGET] if has_target else None)
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            results = {"loss": loss.detach()}
+            results = {LOSS: loss.detach()}
             with torch.no_grad():
                 results |= self._updated(given, dict(zip(trained, gradients, strict=True)))
         if self.gradients:
-            results |= {f"grad.{n}": g for n, g in zip(trained, gradients, strict=True) if g is not None}
+            results |= {GRADIENT + n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
         return results | buffers
 
     def _updated(self, given: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -224,7 +249,7 @@ class TrainingForm:
         return shortcut
 
     def _keep_side_results(self, body: Body, mask: Tensor, results: Sequence[Tensor]) -> None:
-        """New buffer values count by the share of samples that entered; where none did nothing changes."""
+        """New running statistics count by the share of samples that entered; where none did nothing changes."""
         entered = self.entered[body.region.name]
         share = mask.mean()
         scales = []
@@ -233,7 +258,8 @@ class TrainingForm:
                 scales.append(value)
             elif kind == "mutation":
                 buffer = self.twin.get_buffer(name)
-                new = torch.lerp(buffer, value, share.to(value.dtype)) if value.is_floating_point() else value
+                averages = self.runners[body.region.name].averages(name)
+                new = torch.lerp(buffer, value, share.to(value.dtype)) if averages else value
                 buffer.copy_(torch.where(entered, new, buffer))
         if scales:
             assert self.twin.e2_scales is not None

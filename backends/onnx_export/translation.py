@@ -95,6 +95,24 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
 
 
+def matmul(a: Any, b: Any) -> Any:
+    """Translate ``aten::matmul`` and ``mv``; onnxruntime 1.32 multiplies a transposed matrix and a vector wrongly."""
+    first, second = (op.Constant(value_ints=[axis]) for axis in (-2, -1))
+    lines = op.Unsqueeze(a, first) if len(a.shape) == 1 else a
+    columns = op.Unsqueeze(b, second) if len(b.shape) == 1 else b
+    product = op.MatMul(lines, columns)
+    if len(b.shape) == 1:
+        product = op.Squeeze(product, second)
+    return op.Squeeze(product, first if len(b.shape) > 1 else second) if len(a.shape) == 1 else product
+
+
+def prod(x: Any, dims: Sequence[int] | None, *, output_dtype: int | None = None) -> Any:
+    """Translate ``prims::prod``, which torch's decompositions of products end in."""
+    del output_dtype  # what comes before has made it so
+    axes = [] if dims is None else [op.Constant(value_ints=list(dims))]
+    return op.ReduceProd(x, *axes, keepdims=0)
+
+
 def body(tensors: Sequence[Any], mask: Any, name: str) -> Sequence[Any]:
     """Stand for ``e2pass::body`` until its branches are built."""
     return _opaque("Body", tensors, mask, name, len(BODIES[name].outputs()))
@@ -142,6 +160,9 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.e2pass.sparsify.default: sparsify,
     torch.ops.e2pass.sign.default: sign,
     torch.ops.aten.conv3d.default: conv3d,
+    torch.ops.aten.matmul.default: matmul,
+    torch.ops.aten.mv.default: matmul,
+    torch.ops.prims.prod.default: prod,
     torch.ops.e2pass.body.default: body,
     torch.ops.e2pass.body_backward.default: body_backward,
 }

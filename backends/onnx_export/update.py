@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2pass.errors import ConfigError, InputError
+from e2pass.errors import ConfigError, ExportError, InputError
 from e2pass.optim import is_number
 
 State = dict[str, Tensor]
@@ -101,7 +101,8 @@ def update_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> Update:
         raise ConfigError(f"the update of {type(optimizer).__name__} cannot be exported; those that can are {known}")
     rule, keys = _RULES[type(optimizer)]
     names = {id(p): n for n, p in module.named_parameters()}
-    groups, states = [], {}
+    groups: list[Group] = []
+    states: dict[str, State] = {}
     for index, group in enumerate(optimizer.param_groups):
         if not is_number(group["lr"]) or group["lr"] < 0:
             raise ConfigError(f"the optimizer's learning rate {group['lr']!r} is not allowed; it is a number from 0")
@@ -113,6 +114,8 @@ def update_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> Update:
             raise InputError("the optimizer holds parameters that are not the model's; build it over t.param_groups()")
         trained = [p for p in group["params"] if p.requires_grad]
         name = str(group.get("name", index)).replace(" ", "_")
+        if any(name == other.name for other in groups):
+            name = f"{name}_{index}"
         options = {key: group[key] for key in keys if key in group}
         groups.append(Group(name, float(group["lr"]), rule, options, tuple(names[id(p)] for p in trained)))
         for p in trained:
@@ -130,10 +133,19 @@ def _present_state(rule: Rule, options: Mapping[str, Any], held: Mapping[str, An
 
 
 def state_tensors(module: nn.Module, update: Update) -> dict[str, Tensor]:
-    """Learning rates, parameters, buffers and optimizer states, by their names as inputs of the exported step."""
-    state: dict[str, Tensor] = {f"lr.{group.name}": torch.tensor(group.lr) for group in update.groups}
-    state |= {name: p.detach() for name, p in module.named_parameters()}
-    state |= dict(module.named_buffers())
+    """Learning rates, parameters, buffers and optimizer states, by their names as inputs of the exported step.
+
+    Raises:
+        ExportError: If two of them have one name.
+    """
+    state = {name: p.detach() for name, p in module.named_parameters()} | dict(module.named_buffers())
+    added = {f"lr.{group.name}": torch.tensor(group.lr) for group in update.groups}
     for name, held in update.state.items():
-        state |= {f"{name}.{key}": value for key, value in held.items()}
-    return state
+        added |= {f"{name}.{key}": value for key, value in held.items()}
+    both = next((name for name in added if name in state), None)
+    if both is not None:
+        raise ExportError(
+            f"the model has a tensor named {both}, the exported step's name of a learning rate or optimizer state; "
+            "rename the module, parameter or parameter group"
+        )
+    return added | state

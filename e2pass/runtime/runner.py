@@ -237,7 +237,6 @@ class RegionRunner:
     ) -> tuple[Tensor, ...]:
         training = self.owner.training
         compiled = self._find(cache, graph, inputs, batch)
-        inputs = [_arranged(t, last) for t, last in zip(inputs, self._layouts(cache, inputs), strict=True)]
         tensors = self.arguments(compiled, inputs, overrides)
         shadows = [overrides[name][1] for _, name in compiled.shadows]
         values, side = compiled(tensors, shadows, on_counts)
@@ -247,10 +246,15 @@ class RegionRunner:
                 if kind == "scale":
                     scales.append(value)
                 else:
-                    _write(fetch(self.owner, name), value, share)
+                    _write(fetch(self.owner, name), value, share if self.averages(name) else 1.0)
             if scales and training:
                 on_scales(self.region.name, compiled.joint.scales, scales)
         return tuple(values)
+
+    def averages(self, name: str) -> bool:
+        """Whether a buffer is a running statistic: its new value counts by the share of samples, others in full."""
+        buffer = fetch(self.owner, name)
+        return any(fetch(self.owner, other) is buffer for other in self.statistics)
 
     def prepared(self, inputs: Sequence[Tensor], batch: int) -> CompiledRegion | None:
         """The compiled form a call with these inputs runs, lowered now if need be; None where it runs as autograd."""
@@ -268,11 +272,12 @@ class RegionRunner:
         inputs: Sequence[Tensor],
         overrides: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
     ) -> list[Tensor]:
-        """One tensor per forward input of ``compiled``."""
+        """One tensor per forward input of ``compiled``; activations in the memory order that it was traced for."""
+        layouts = self._layouts(self.cache, inputs) if self.cache is not None else (False,) * len(inputs)
         tensors = []
         for kind, name in compiled.halves.forward_inputs:
             if kind == "input":
-                tensors.append(inputs[name])
+                tensors.append(_arranged(inputs[name], layouts[name]))
             elif kind == "scale":
                 tensors.append(self._running_scale(name))
             elif kind == "step":
@@ -395,8 +400,8 @@ def fetch(owner: nn.Module, name: str) -> Tensor:
 
 
 def _write(buffer: Tensor, value: Tensor, share: float) -> None:
-    """Store a buffer's new value; running statistics of a part of the batch count by their share."""
-    if share != 1.0 and buffer.is_floating_point():
+    """Store a buffer's new value by its share."""
+    if share != 1.0:
         buffer.lerp_(value, share)
     else:
         buffer.copy_(value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2pass.backends.onnx_export import decompositions
 
@@ -72,23 +73,119 @@ def gradients(function: Any, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...
     return grad, torch.autograd.grad(result, leaves, grad)
 
 
-def test_max_pooling() -> None:
-    x = torch.randn(2, 3, 7, 7).double()
-    options: tuple[Any, ...] = ([3, 3], [2, 2], [1, 1], [1, 1], False)
-    grad, (wanted,) = gradients(lambda v: aten.max_pool2d_with_indices(v, *options)[0], x)
-    indices = aten.max_pool2d_with_indices(x, *options)[1]
-    function: Any = decompositions.max_pool2d_backward
-    torch.testing.assert_close(function(grad, x, *options, indices), wanted)
+class Decomposed(TorchDispatchMode):
+    """Executes the operators of the table by their decompositions."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inside: set[Any] = set()
+        self.used: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in decompositions.TABLE or func in self.inside:
+            return func(*args, **(kwargs or {}))
+        self.inside.add(func)
+        with self:
+            result = decompositions.TABLE[func](*args, **(kwargs or {}))
+        self.inside.remove(func)
+        if result is NotImplemented:
+            return func(*args, **(kwargs or {}))
+        self.used.add(func.overloadpacket.__name__)
+        return result
 
 
+def assert_decomposes(function: Any, *shape: int, uses: str) -> None:
+    x = torch.randn(*shape).double()
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted = function(leaf)
+    grad = torch.randn_like(wanted)
+    with Decomposed() as mode:
+        found = function(other)
+        (gradient,) = torch.autograd.grad(found, other, grad)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, leaf, grad)[0], rtol=1e-10, atol=1e-10)
+    assert uses in mode.used
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), ((3, 2), (2, 3), (1, 0)), (2, 2, 1)])
+def test_pooling(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> None:
+    place = (kernel, stride, padding)
+    for include in (True, False):
+        for divisor in (None, 5):
+            assert_decomposes(
+                lambda x, i=include, d=divisor: functional.avg_pool2d(x, *place, ceil_mode, i, d),
+                *(2, 3, 9, 10),
+                uses="avg_pool2d_backward",
+            )
+    assert_decomposes(
+        lambda x: functional.max_pool2d(x, *place, ceil_mode=ceil_mode),
+        *(2, 3, 9, 10),
+        uses="max_pool2d_with_indices_backward",
+    )
+    if isinstance(kernel, int):
+        assert_decomposes(
+            lambda x: functional.avg_pool3d(x, *place, ceil_mode, False), 2, 3, 5, 6, 4, uses="avg_pool3d_backward"
+        )
+        assert_decomposes(
+            lambda x: functional.max_pool3d(x, *place, ceil_mode=ceil_mode),
+            *(2, 3, 5, 6, 4),
+            uses="max_pool3d_with_indices_backward",
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 10), (3, 9, 10)])
+@pytest.mark.parametrize("size", [(4, 3), (3, 5), (12, 13)])
+def test_adaptive_pooling(size: tuple[int, int], shape: tuple[int, ...]) -> None:
+    assert_decomposes(lambda x: functional.adaptive_avg_pool2d(x, size), *shape, uses="_adaptive_avg_pool2d_backward")
+    assert_decomposes(lambda x: functional.adaptive_max_pool2d(x, size), *shape, uses="adaptive_max_pool2d_backward")
+    deep = (*size, 3)
+    assert_decomposes(
+        lambda x: functional.adaptive_avg_pool3d(x, deep), *shape, 4, uses="_adaptive_avg_pool3d_backward"
+    )
+    assert_decomposes(lambda x: functional.adaptive_max_pool3d(x, deep), *shape, 4, uses="adaptive_max_pool3d_backward")
+
+
+@pytest.mark.parametrize("options", [{"scale_factor": 2}, {"size": (13, 7)}, {"scale_factor": (1.5, 0.7)}])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "include"), [([2, 2], [], [0, 0], True), ([3, 3], [2, 2], [1, 1], True)]
+    ("mode", "operator"),
+    [
+        ("nearest", "upsample_nearest2d_backward"),
+        ("nearest-exact", "_upsample_nearest_exact2d_backward"),
+        ("bilinear", "upsample_bilinear2d_backward"),
+        ("bicubic", "upsample_bicubic2d_backward"),
+    ],
 )
-def test_average_pooling(kernel: list[int], stride: list[int], padding: list[int], include: bool) -> None:
-    x = torch.randn(2, 3, 7, 8).double()
-    options: Any = (kernel, stride, padding, False, include, None)
-    grad, (wanted,) = gradients(lambda v: aten.avg_pool2d(v, *options), x)
-    torch.testing.assert_close(decompositions.avg_pool2d_backward(grad, x, *options), wanted)
+def test_interpolation(mode: str, operator: str, options: dict[str, Any]) -> None:
+    corners = [None] if mode.startswith("nearest") else [False, True]
+    for align in corners:
+        assert_decomposes(
+            lambda x, a=align: functional.interpolate(x, mode=mode, align_corners=a, **options),
+            *(2, 3, 9, 10),
+            uses=operator,
+        )
+    if mode.startswith("bi"):
+        assert_decomposes(
+            lambda x: functional.interpolate(x, size=(4, 5), mode=mode, antialias=True),
+            *(2, 3, 9, 10),
+            uses=f"_upsample_{mode}2d_aa_backward",
+        )
+
+
+@pytest.mark.parametrize("offset", [-2, 0, 3])
+def test_views_that_backward_writes_through(offset: int) -> None:
+    assert_decomposes(lambda x: x.diagonal(offset, 1, -1), 2, 5, 7, uses="diagonal_backward")
+    assert_decomposes(
+        lambda x: torch.diagonal_scatter(x * 2, x.diagonal(offset, 1, 2), offset, 1, 2),
+        *(2, 5, 7),
+        uses="diagonal_scatter",
+    )
+    assert_decomposes(lambda x: x.unfold(1, 3, 2), 2, 9, 4, uses="unfold_backward")
+    assert_decomposes(
+        lambda x: functional.pad(x, (2, 1, 1, 3), mode="replicate"), 2, 3, 5, 6, uses="replication_pad2d_backward"
+    )
+    assert_decomposes(functional.hardshrink, 20, uses="hardshrink_backward")
+    assert_decomposes(functional.softshrink, 20, uses="softshrink_backward")
 
 
 @pytest.mark.parametrize("causal", [False, True])

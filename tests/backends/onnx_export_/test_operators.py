@@ -1,0 +1,111 @@
+"""Exported models of operators that torch's exporter, or onnxruntime, treats wrongly, against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import e2pass
+from e2pass.backends.onnx_export import check_inference, export_inference, export_training, training_state
+from tests.zoo import Residual
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Products, diagonals and overlapping windows."""
+    square = x.view(-1, 3, 4)
+    parts = [x * x.prod(1, keepdim=True), square.diagonal(0, 1, 2), x.unfold(1, 4, 2).flatten(1)]
+    return torch.cat(parts, 1)[:, :12] + torch.mv(torch.ones(4, 12).T, x.mean(1))
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    # onnxruntime multiplies a transposed matrix and a vector wrongly, as in the power iteration.
+    "spectral norm": lambda: (
+        nn.Sequential(nn.Linear(12, 16), Residual(parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Tanh())),
+        torch.randn(4, 12),
+    ),
+    "weight norm": lambda: (
+        nn.Sequential(nn.Linear(12, 16), Residual(parametrizations.weight_norm(nn.Linear(16, 16)), nn.Tanh())),
+        torch.randn(4, 12),
+    ),
+    # The layout of what attention returns is that of its query, and views depend on it.
+    "attention": lambda: (
+        nn.Sequential(Attention(), Residual(nn.Linear(12, 12), Attention()), nn.Flatten()),
+        torch.randn(4, 5, 12),
+    ),
+    "pooling": lambda: (
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            Residual(nn.AvgPool2d(3, 1, 1, divisor_override=4), nn.Conv2d(4, 4, 1), nn.Tanh()),
+            nn.AvgPool2d(2, 2, 1, ceil_mode=True, count_include_pad=False),
+            nn.AdaptiveMaxPool2d((3, 2)),
+            nn.Upsample(scale_factor=1.5, mode="bilinear"),
+            nn.Flatten(),
+        ),
+        torch.randn(4, 3, 9, 10),
+    ),
+    "mixed": lambda: (
+        nn.Sequential(nn.Linear(12, 12), Function(mixed), Residual(nn.Linear(12, 12), nn.Tanh())),
+        torch.randn(4, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_forms_do_what_pytorch_does(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    target = torch.tensor([0, 1, 2, 3])
+    t = e2pass.transform(model, x, config="slu")
+    optimizer = torch.optim.SGD(t.param_groups(0.05), lr=0.05)
+    assert check_inference(export_inference(t, x, tmp_path / "m.onnx"), t, x) <= 1e-5
+    path = export_training(t, x, target, tmp_path / "step.onnx", optimizer=optimizer)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given, _ = [i.name for i in session.get_inputs()]
+    outputs = [o.name for o in session.get_outputs()]
+    found = dict(zip(outputs, session.run(None, {given: x.numpy(), "target": target.numpy()}), strict=True))
+    t.model.train()
+    loss = nn.functional.cross_entropy(t.model(x), target)
+    loss.backward()
+    optimizer.step()
+    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for key, value in training_state(t, optimizer).items():
+        if f"next.{key}" in found and not key.startswith("e2_slu."):  # of gates more is rounding error
+            np.testing.assert_allclose(found[f"next.{key}"], value.numpy(), rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_lowered_region_is_given_the_layout_that_it_was_traced_with() -> None:
+    """Attention returns a transposed tensor, which the next region views; PyTorch alone would refuse that view."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(), Residual(Attention()), Residual(Attention())), torch.randn(4, 5, 12)
+    t = e2pass.transform(model, x, config="e2train")
+    with t.set_gates("open"):
+        t.model(x).sum().backward()
+    assert all(p.grad is not None for n, p in t.model.named_parameters() if not n.startswith("e2_slu"))
