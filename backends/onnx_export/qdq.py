@@ -1,8 +1,8 @@
 """Frozen quantizers as ``QuantizeLinear`` and ``DequantizeLinear``, weights stored as their integer codes.
 
 This is the form that runtimes and accelerators recognise. What is not frozen stays a function: an activation that no
-training step has seen, and codes of more than 8 bits, which these operators have not in this opset. So does the decoding
-of weights that meet such an activation as they lie.
+training step has seen, and codes of more than 8 bits, which these operators have not in this opset. So does the
+decoding of weights that meet such an activation as they lie.
 """
 
 from __future__ import annotations

@@ -30,14 +30,15 @@ class Residual(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(32), Affine(32, 64), Affine(64, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        body: Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return x + body
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("w_scale", ["tensor", "channel"])
 def test_products_with_decoded_weights(tmp_path: Path, masked: bool, seen: bool, w_scale: str) -> None:
-    """A runtime that took them for weight-only quantization would round activations anew, and find no codes in a branch."""
+    """A runtime that took them for weight-only quantization would round activations, and find no codes in a branch."""
     torch.manual_seed(0)
     model = nn.Sequential(Affine(32, 32), Residual(), Residual())
     inputs = torch.randn(4, 6, 32)
