@@ -29,13 +29,23 @@ def transformed_module(t_or_module: Any) -> E2Module:
 
     Raises:
         InputError: If it is something else.
+        ExportError: If it is in a type that cannot be written.
     """
     module = t_or_module if isinstance(t_or_module, E2Module) else getattr(t_or_module, "model", None)
     if not isinstance(module, E2Module):
         raise InputError(
             f"a {type(t_or_module).__name__} cannot be exported; give what e2pass.transform returned, or its .model"
         )
+    check_types(module)
     return module
+
+
+def check_types(module: E2Module) -> None:
+    """Refuse a model in a type that numpy, and so the file's writer, has not."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    odd = next((name for name, tensor in tensors if tensor.dtype == torch.bfloat16), None)
+    if odd is not None:
+        raise ExportError(f"{odd} is in bfloat16, which cannot be exported; convert the model to float or half first")
 
 
 def target_path(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import e2pass
 from e2pass.backends.onnx_export import check_inference, export_inference, export_training, training_state
+from e2pass.errors import ExportError
 from tests.zoo import Residual
 
 
@@ -109,3 +110,13 @@ def test_a_lowered_region_is_given_the_layout_that_it_was_traced_with() -> None:
     with t.set_gates("open"):
         t.model(x).sum().backward()
     assert all(p.grad is not None for n, p in t.model.named_parameters() if not n.startswith("e2_slu"))
+
+
+def test_a_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(4, 12, dtype=torch.bfloat16)
+    t = e2pass.transform(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 4)).bfloat16(), x, config="slu")
+    with pytest.raises(ExportError, match=r"0\.weight is in bfloat16, which cannot be exported"):
+        export_inference(t, x, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match="convert the model to float or half first"):
+        export_training(t, x, torch.zeros(4, dtype=torch.int64), tmp_path / "step.onnx")
+    assert list(tmp_path.iterdir()) == []
