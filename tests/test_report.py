@@ -11,10 +11,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import e2pass
 from e2pass.backends.fpga import FpgaCostModel
 from e2pass.backends.html import to_html
 from e2pass.cost import CostModel, Free, OpCost, OpSite, Phase, Technique, TensorSpec, Unsupported
@@ -388,3 +390,15 @@ def test_the_fpga_model_is_a_cost_model() -> None:
     full = CostReport(model.name, step, sources=model.sources())
     assert "zedboard" in full.table()
     assert "data sheet" in full.to_json()
+
+
+def test_no_word_is_broken_in_80_columns() -> None:
+    """Narrower gaps make room; the widest table, of phase, technique and place, is the exception."""
+    report = e2pass.analyze(e2pass.models.resnet(8), torch.randn(4, 3, 16, 16), config="e2train")
+    buffer = io.StringIO()
+    Console(file=buffer, width=80, color_system=None).print(report)
+    shown = buffer.getvalue().split("By phase, technique and place")[0]
+    words = set(shown.split())
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert {"forward", "backward", "baseline", "transformed", "technique"} <= words
+    assert not words & {"forwar", "d", "baseli", "ne", "transf", "transforme", "ormed", "techni", "que"}

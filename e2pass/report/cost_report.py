@@ -176,7 +176,8 @@ class CostReport:
         try:
             return from_json(Path(source).read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"no cost report can be read from {source}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise InputError(f"no cost report can be read from {source}: {why}") from None
 
 
 def _saved(before: float, after: float) -> float | None:
