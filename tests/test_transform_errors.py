@@ -179,3 +179,65 @@ def test_a_failed_transform_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", ["neutral", "e2train"])
+def test_a_call_unlike_the_example_says_what_is_expected(config: str) -> None:
+    t = e2pass.transform(net(), torch.randn(6, 12), config=config)
+    name = type(net()).__name__
+    expected = "'input'", name, "2 dimensions", "(batch, 12)"
+    refused(InputError, lambda: t.model(torch.randn(6, 5, 12)), "(6, 5, 12)", *expected)
+    refused(InputError, lambda: t.model(torch.randn(12)), "(12,)", *expected)
+    refused(InputError, lambda: t.model(torch.randn(6, 13)), "'input'", name, "(6, 13)", "(batch, 12)")
+    refused(InputError, lambda: t.model(torch.randn(6, 12).double()), "'input'", name, "float64", "float32")
+    t.model(torch.randn(9, 12))
+    u = e2pass.transform(e2pass.models.resnet(8), torch.randn(2, 3, 16, 16), config="neutral")
+    assert u.model(torch.randn(2, 3, 24, 24)).shape == (2, 10)  # a convolution takes any size
+
+
+def test_an_error_that_the_inputs_do_not_explain_stays_what_it_is() -> None:
+    t = e2pass.transform(net(), torch.randn(6, 12), config="neutral")
+    head = next(m for m in t.model.modules() if isinstance(m, nn.Linear))
+    head.weight = nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        t.model(torch.randn(6, 12))
+
+
+class Tempered(nn.Module):
+    """Takes a number that is no batch before its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, temperature: Tensor, x: Tensor) -> Any:
+        return x + self.linear(x) * temperature
+
+
+def test_a_first_tensor_that_is_no_batch() -> None:
+    example = torch.ones(1), torch.randn(6, 4)
+    refused(CaptureError, lambda: e2pass.transform(Tempered(), example), "(1,)", "(6, 4)", "a dict that begins with")
+    model = Tempered()
+    t = e2pass.transform(model, {"x": example[1], "temperature": example[0]}, config="neutral")
+    for batch in (6, 9):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(t.model(example[0], x), model(example[0], x))
+
+
+def test_hooks_that_no_step_calls_are_named() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.Linear(12, 3))
+    calls: list[str] = []
+
+    def tripled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append("block")
+        return output * 3
+
+    model[0].register_forward_hook(tripled)
+    model[1].register_forward_hook(lambda module, args, output: calls.append("layer"))
+    x = torch.randn(4, 12)
+    t = e2pass.transform(model, x, config="neutral")
+    assert [d.node for d in t.diagnostics.with_code("E2P106")] == ["0"]
+    torch.testing.assert_close(t.model(x), model(x))
+    calls.clear()
+    t.model(x)
+    assert calls == ["layer"]

@@ -50,6 +50,10 @@ class Binding:
         self._tensors = [pytree.keystr(path) for path, value in leaves if isinstance(value, torch.Tensor)]
         self._constants = {pytree.keystr(path): v for path, v in leaves if not isinstance(v, torch.Tensor)}
         self._only_positional = not inputs.kwargs and len(self._tensors) == len(leaves) == len(inputs.args)
+        values = [value for _, value in leaves if isinstance(value, torch.Tensor)]
+        self._examples = [(tuple(value.shape), value.dtype, inputs.is_batched(value)) for value in values]
+        first = inputs.tensors()[0]
+        self._batch_at = next((i for i, value in enumerate(values) if value is first), 0)
         self._fixed: list[tuple[int | None, ...]] | None = None
         self._allows_batch: Callable[[int], bool] | None = None
         self._batch_checked: dict[int, bool] = {}
@@ -67,10 +71,11 @@ class Binding:
             values = tuple(args)
         else:
             values = self._by_path(args, kwargs)
+        self._check_ranks(values)
         if self._fixed is not None:
             self._check_sizes(values, self._fixed)
         if self._allows_batch is not None:
-            self._check_batch(int(values[0].shape[0]), self._allows_batch)
+            self._check_batch(int(values[self._batch_at].shape[0]), self._allows_batch)
         return values
 
     def call_with(self, tensors: Sequence[Any]) -> Call:
@@ -126,6 +131,28 @@ class Binding:
             )
         return tuple(values)
 
+    def misfit(self, values: Sequence[torch.Tensor]) -> str:
+        """Say in words in which input a call that failed differs from the example; ``""`` if in none.
+
+        Other sizes are no error by themselves: a convolution takes any.
+        """
+        for name, value, (shape, dtype, batched) in zip(self.names, values, self._examples, strict=True):
+            free = 1 if batched else 0
+            if value.dtype != dtype or value.shape[free:] != shape[free:]:
+                return (
+                    f"input {name!r} of {self._model_name} is {value.dtype} of shape {tuple(value.shape)}; the graph "
+                    f"was captured with {dtype} of shape {_free(shape, batched)}"
+                )
+        return ""
+
+    def _check_ranks(self, values: Sequence[torch.Tensor]) -> None:
+        for name, value, (shape, _, batched) in zip(self.names, values, self._examples, strict=True):
+            if value.dim() != len(shape):
+                raise InputError(
+                    f"input {name!r} of {self._model_name} has shape {tuple(value.shape)}; the captured graph holds "
+                    f"for {len(shape)} dimensions, such as {_free(shape, batched)}"
+                )
+
     def _check_sizes(self, values: Sequence[torch.Tensor], fixed: Sequence[tuple[int | None, ...]]) -> None:
         for name, value, sizes in zip(self.names, values, fixed, strict=True):
             if value.dim() != len(sizes) or any(
@@ -153,6 +180,10 @@ def _signature(model: nn.Module) -> inspect.Signature:
     except (TypeError, ValueError):  # no Python signature: take arguments as they come
         kinds = inspect.Parameter
         return inspect.Signature([kinds("args", kinds.VAR_POSITIONAL), kinds("kwargs", kinds.VAR_KEYWORD)])
+
+
+def _free(shape: tuple[int, ...], batched: bool) -> str:
+    return "(" + ", ".join("batch" if batched and i == 0 else str(size) for i, size in enumerate(shape)) + ")"
 
 
 def _parameters(signature: inspect.Signature) -> str:

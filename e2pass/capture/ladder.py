@@ -60,6 +60,10 @@ class Capture:
         """
         return self._binding.bind(args, kwargs)
 
+    def misfit(self, values: Sequence[torch.Tensor]) -> str:
+        """Say in which input a call that failed differs from the example; ``""`` if in none."""
+        return self._binding.misfit(values)
+
     def rebuild(self, output: Any, training: bool | None = None) -> Any:
         """Turn what a graph returned into what the model returns.
 
@@ -130,7 +134,8 @@ class _Ladder:
             self._report(*narrow, [reason for reason in reasons if not reason.startswith(narrow[0].rung + ":")])
             return narrow[0]
         found = [reason.partition(": ")[2] for reason in reasons]
-        *others, last = [*found, cumulative] if (cumulative := _cumulative_norm(self._model)) else found
+        known = [why for why in (_odd_batch(self._inputs), _cumulative_norm(self._model)) if why]
+        *others, last = [*found, *known]
         failure = CaptureError(f"{type(self._model).__name__} cannot be captured: {last}")
         for other in others:
             failure.add_note(f"tried before: {other}")
@@ -314,6 +319,13 @@ class _Ladder:
                 f"{_and_more(moved)} updated in the backward pass too, where a checkpoint runs again what the graph "
             )
             self._diagnostics.warn("E2P105", moved[0], message + "runs once")
+        hooked = _hooked(self._model, result)
+        if hooked:
+            whose = "its" if len(hooked) == 1 else f"like {len(hooked) - 1} more, its"
+            message = (
+                f"{whose} forward hooks ran for the capture alone: what they return is part of the graph, what else "
+            )
+            self._diagnostics.warn("E2P106", hooked[0], message + "they do is not")
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))
@@ -328,6 +340,18 @@ class _Ladder:
         return [n for n, m in modules if isinstance(m, kinds) and not m.training and n in exported]
 
 
+def _odd_batch(inputs: Inputs) -> str:
+    """A first tensor of one row among others of more, which may not be where the batch is; empty if there is none."""
+    first, *others = inputs.tensors()
+    longer = [t for t in others if t.dim() and t.shape[0] > 1]
+    if inputs.batch_size != 1 or not longer:
+        return ""
+    return (
+        f"the batch is dimension 0 of the first tensor of the example inputs, of shape {tuple(first.shape)}, so one "
+        f"sample, while another has shape {tuple(longer[0].shape)}; give a dict that begins with a tensor of the batch"
+    )
+
+
 def _cumulative_norm(model: nn.Module) -> str:
     """A norm whose momentum is one over the number of its calls, which no graph can hold; empty if there is none."""
     for name, module in model.named_modules():
@@ -339,6 +363,15 @@ def _cumulative_norm(model: nn.Module) -> str:
 def _and_more(names: Sequence[str]) -> str:
     """The verb for the first of ``names`` and all others."""
     return "is" if len(names) == 1 else f"and {len(names) - 1} more are"
+
+
+def _hooked(model: nn.Module, result: Capture) -> list[str]:
+    """Modules whose forward hooks ran for capturing alone: those that no node of the graphs calls."""
+    called = {node.target for graph in (result.train, result.eval) for node in graph.graph.find_nodes(op="call_module")}
+    inner = [(name, m) for name, m in model.named_modules() if name not in called]
+    hidden = [name for name, _ in inner if not any(name.startswith(f"{leaf}.") for leaf in called)]
+    hooks = {name: bool(m._forward_hooks or m._forward_pre_hooks) for name, m in inner}
+    return [name for name in hidden if hooks[name]]
 
 
 def _split_modes(graphs: tuple[fx.Graph, fx.Graph], model: nn.Module) -> list[fx.Graph]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from e2pass.capture import Capture
+from e2pass.capture.origin import first_sentence
 from e2pass.config import Config
-from e2pass.errors import E2PassError
+from e2pass.errors import E2PassError, InputError
 from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.decision import processes_wait
 from e2pass.runtime.gates import SLUGates
@@ -154,7 +156,7 @@ class E2Module(nn.Module):
         bound = executable.capture.bind(args, kwargs)
         values: dict[str, Any] = dict(zip(self._plan.inputs, bound, strict=True))
         batch = next((t.shape[0] for t in bound if t.dim()), 1)
-        with undone_on_failure(self._moved(), self.e2_slu):
+        with undone_on_failure(self._moved(), self.e2_slu), _explained(executable.capture, bound):
             self._walk(_Run(self, values, batch, masked))
         if self.e2_slu is not None:
             self.e2_slu.settle()
@@ -234,6 +236,20 @@ class E2Module(nn.Module):
 
     def __setstate__(self, own: dict[str, Any]) -> None:
         self._modules.update(own)
+
+
+@contextmanager
+def _explained(capture: Capture, values: Sequence[Tensor]) -> Iterator[None]:
+    """Say of an error which input is unlike the example, if one is: torch names an operation somewhere inside."""
+    try:
+        yield
+    except E2PassError:
+        raise
+    except Exception as error:
+        misfit = capture.misfit(values)
+        if not misfit:
+            raise
+        raise InputError(f"{misfit}, and does not run on it: {first_sentence(error)}") from error
 
 
 class SelectionCounts(nn.Module):
