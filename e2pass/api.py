@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from e2pass.backends.fpga.model import FpgaCostModel
 from e2pass.backends.graph import GraphWriters
 from e2pass.capture import capture
+from e2pass.capture.copies import copied
 from e2pass.compiler import require_compiler
 from e2pass.config import PSG, SLU, SMD, Bits, Config, resolve
 from e2pass.cost import CostModel
@@ -207,7 +207,7 @@ def _program(model: nn.Module, example_inputs: Any, config: Config, inplace: boo
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to transform the model itself"

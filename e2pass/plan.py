@@ -84,6 +84,21 @@ Step = RunRegion | Decide | Skip
 
 
 @dataclass(frozen=True, eq=False)
+class Beside:
+    """What the model returns beside values of its regions: parameters, constants and sizes.
+
+    Attributes:
+        graph: Fetches and measures them; placeholders are ``inputs``, the output node returns a tuple of ``outputs``.
+        inputs: Names of the values it looks at.
+        outputs: Names of what it finds.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Execution order of one mode.
 
@@ -91,11 +106,13 @@ class Plan:
         steps: What to do.
         inputs: Names of the values that the call brings, in the order of ``Capture.bind``.
         output: Argument of the graph's output node, with value names in place of nodes.
+        beside: What ``output`` names that is no value of a region and no input.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]
     output: object
+    beside: Beside
 
     @property
     def regions(self) -> list[Region]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from e2pass.blocks import ResidualBlock
+from e2pass.capture.copies import copied
 from e2pass.config import GateKind
 from e2pass.diagnostics import Diagnostics
 from e2pass.errors import ConfigError, InputError
@@ -222,7 +222,7 @@ class Transformed:
 
     def unwrap(self) -> nn.Module:
         """A plain module of the original class with the trained weights."""
-        return copy.deepcopy(self.model.source())
+        return copied(self.model.source())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, gates, controller, scales, SMD position, random states."""

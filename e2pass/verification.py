@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from e2pass.capture.copies import copied
 from e2pass.capture.output import opened
 from e2pass.program import Program
 from e2pass.runtime.module import E2Module
@@ -51,7 +52,7 @@ def verify(model: E2Module, program: Program) -> VerifyReport:
 
 
 def _compare(plain: E2Module, program: Program, training: bool) -> list[Proof]:
-    original = copy.deepcopy(plain.source()).train(training)
+    original = copied(plain.source()).train(training)
     transformed = copy.deepcopy(plain).train(training)
     results = []
     for module in (original, transformed):

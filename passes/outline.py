@@ -18,7 +18,7 @@ from e2pass.diagnostics import Diagnostics
 from e2pass.parameters import gradient_flow
 from e2pass.passes.base import Pass, PassResult
 from e2pass.passes.cut import Cut, batch_symbol, is_metadata, rows_of, spec_of
-from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, Step, ValueName
+from e2pass.plan import Beside, Decide, Plan, Region, RunRegion, Skip, Step, ValueName
 from e2pass.program import Program
 
 
@@ -98,8 +98,16 @@ class _Outliner:
                 segment.append(node)
         close()
         inputs = tuple(n.name for n in self.graph.find_nodes(op="placeholder"))
-        output = fx.node.map_arg(self.graph.output_node().args[0], _named)
-        return Plan(_with_releases(steps, output), inputs, output)
+        output = _with_names(self.graph.output_node().args[0])
+        beside = self._beside()
+        return Plan(_with_releases(steps, output, beside), inputs, output, beside)
+
+    def _beside(self) -> Beside:
+        """Of what the model returns, all that no region computes."""
+        returned = self.graph.output_node().all_input_nodes
+        cut = Cut([n for n in returned if n.op == "get_attr" or is_metadata(n)], None)
+        graph = cut.build()
+        return Beside(graph, tuple(n.name for n in cut.inputs), tuple(n.name for n in cut.outputs))
 
     def _trunk(self, nodes: list[fx.Node]) -> RunRegion | None:
         region = self._region(f"trunk_{self.trunks}", nodes, None)
@@ -149,8 +157,20 @@ class _Outliner:
         )
 
 
-def _named(node: fx.Node) -> Any:
-    return ValueName(node.name)
+def _with_names(output: Any) -> Any:
+    """The model's output with names in place of nodes, and containers of the user's own kinds, not a graph's."""
+    match output:
+        case fx.Node():
+            return ValueName(output.name)
+        case dict():
+            return {key: _with_names(value) for key, value in output.items()}
+        case list():
+            return [_with_names(value) for value in output]
+        case tuple() if hasattr(output, "_fields"):
+            return type(output)(*map(_with_names, output))
+        case tuple() if type(output) is tuple:
+            return tuple(map(_with_names, output))
+    return output
 
 
 def _one_value_per_sample(owner: nn.Module, node: fx.Node) -> bool:
@@ -164,9 +184,9 @@ def _one_value_per_sample(owner: nn.Module, node: fx.Node) -> bool:
     return all(isinstance(s, int) and s == 1 for s in value.shape[2:])
 
 
-def _with_releases(steps: Iterable[Step], output: object) -> tuple[Step, ...]:
+def _with_releases(steps: Iterable[Step], output: object, beside: Beside) -> tuple[Step, ...]:
     """Tell each step which values nobody needs after it, so that they can be freed."""
-    needed = {v.name for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, ValueName)}
+    needed = {v.name for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, ValueName)} | {*beside.inputs}
     done: list[Step] = []
     for step in reversed(list(steps)):
         names = set(_reads(step)) | set(_writes(step))

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from e2pass.backends.onnx_export.opaque import Body
 from e2pass.capture.output import opened
 from e2pass.errors import ExportError, LoweringError
-from e2pass.plan import Decide, Plan, Region, RunRegion, Skip, ValueName
+from e2pass.plan import Decide, Plan, Region, RunRegion, Skip
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module
 from e2pass.runtime.region import CompiledRegion
@@ -91,8 +91,7 @@ class InferenceForm:
                     for arm in self._skipping(step.body, inputs, gate[0]):
                         shortcut = shortcut + (arm * factor if factor != 1.0 else arm)
                     values[step.out] = shortcut
-        output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, plan.output)
-        return self.twin._executable.capture.rebuild(output, False)
+        return self.twin.returned(values)
 
     def runner(self, name: str) -> RegionRunner:
         """What runs a region: bodies that are skipped are lowered even where nothing else asks for it."""

@@ -24,7 +24,7 @@ from e2pass.backends.onnx_export.update import Update, state_tensors
 from e2pass.capture.output import opened
 from e2pass.errors import E2PassError, ExportError, InputError, LoweringError
 from e2pass.parameters import parameter_names, region_parameters
-from e2pass.plan import Decide, Region, RunRegion, Skip, ValueName
+from e2pass.plan import Decide, Region, RunRegion, Skip
 from e2pass.runtime.gates import Gate, SLUGates, keep_finite
 from e2pass.runtime.merge import merge_masked
 from e2pass.runtime.module import E2Module, SelectionCounts
@@ -205,8 +205,7 @@ class TrainingForm:
             slu.settle()
         if twin.e2_steps is not None:
             twin.e2_steps.count += 1
-        output = pytree.tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, self.plan.output)
-        return twin._executable.capture.rebuild(output, True)
+        return twin.returned(values)
 
     def _trunk(self, region: Region, inputs: list[Tensor], overrides: dict[str, tuple[Tensor, Tensor]]) -> Any:
         scales: Any = self.twin.e2_scales.update if self.twin.e2_scales is not None else _ignore

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from e2pass.capture import exported, symbolic
 from e2pass.capture.binding import Binding
+from e2pass.capture.copies import copied
 from e2pass.capture.dice import Outcomes, dice_of
 from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.origin import explain
@@ -394,6 +395,6 @@ def _fresh(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be copied: {explain(error)}") from error

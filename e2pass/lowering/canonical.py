@@ -13,8 +13,10 @@ aten = torch.ops.aten
 
 
 def canonicalize(graph: fx.Graph) -> None:
-    """Split fused backward nodes, drop identities and dead code."""
+    """Split fused backward nodes, drop identities and dead code; what returns nothing (a check) has the value None."""
     for node in list(graph.nodes):
+        if node.op == "call_function":
+            node.meta.setdefault("val", None)
         if node.target is aten.convolution_backward.default:
             _split_convolution_backward(graph, node)
         elif node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):

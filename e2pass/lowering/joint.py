@@ -65,8 +65,9 @@ class Joint:
             ``input`` an entry of ``inputs``, ``("scale", i)``, ``("predicted", param)`` or ``("counts", param)``
             (added by quantize and PSG).
         batch: Batch size whose hints were used while tracing.
-        symbol: Sympy symbol of the batch in the graph's shapes, None if nothing in the graph depends on it.
+        symbol: Sympy symbol of the batch in the graph's shapes and guards.
         guards: Conditions on the batch size under which the graph is valid.
+        fixed: Whether it is valid for ``batch`` only: an operator asked for the number.
         scales: Names of the activation quantizers, in the order of their ``("scale", i)``.
         notes: What the rewriting passes want to say about this joint graph.
     """
@@ -75,8 +76,9 @@ class Joint:
     inputs: list[tuple[str, Any]]
     outputs: list[tuple[str, Any]]
     batch: int
-    symbol: sympy.Symbol | None
+    symbol: sympy.Symbol
     guards: list[Any]
+    fixed: bool = False
     scales: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -87,8 +89,6 @@ class Joint:
 
     def accepts(self, batch: int) -> bool:
         """Whether every guard recorded while tracing holds for ``batch``; the compiled callable checks none."""
-        if self.symbol is None:
-            return True
         return all(bool(guard.subs(self.symbol, batch)) for guard in self.guards)
 
     def output_nodes(self) -> list[Any]:
@@ -161,22 +161,30 @@ def trace_joint(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) 
     Args:
         module: Region over the owner's own parameters, with only those that it uses; returns a tuple of tensors.
         specs: Its positional inputs.
-        batch: Batch size used as the hint; values 0 and 1 are traced as 2, and guards say whether 1 is allowed.
+        batch: Batch size used as the hint; values 0 and 1 are traced as 2, and guards say whether 1 is allowed. Where
+            an operator fixes the size, 1 has a graph of its own.
 
     Raises:
         LoweringError: When tracing fails; the message carries torch's own reason.
     """
     with _without_onednn() if _has_recurrent_layer(module) else contextlib.nullcontext():
-        joint = _trace(module, specs, max(batch, 2), clone_outputs=False)
-        if joint is None:
-            joint = _trace(module, specs, max(batch, 2), clone_outputs=True)
-    if joint is None:
-        raise LoweringError("lowering failed: an output aliases an input in a way that cloning it does not undo")
+        joint = _trace_or_clone(module, specs, max(batch, 2))
+        if batch == 1 and joint.fixed:
+            joint = _trace_or_clone(module, specs, 1)
     for node, key in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True):
         node._rename(_placeholder(*key))
     _trace_provenance(joint.graph)
     canonicalize(joint.graph)
     joint.graph_module.recompile()
+    return joint
+
+
+def _trace_or_clone(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) -> Joint:
+    joint = _trace(module, specs, batch, clone_outputs=False)
+    if joint is None:
+        joint = _trace(module, specs, batch, clone_outputs=True)
+    if joint is None:
+        raise LoweringError("lowering failed: an output aliases an input in a way that cloning it does not undo")
     return joint
 
 
@@ -221,6 +229,8 @@ def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, cl
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     size = _symbolic_batch(mode, batch)
+    # A trace that fixes the batch size replaces its symbol by a number, and a size of 1 is one from the start.
+    symbol = size.node.expr if isinstance(size, torch.SymInt) else BATCH
     wrapped = _Interpreted(module, clone_outputs)
     with contextlib.ExitStack() as stack:
         try:
@@ -233,7 +243,7 @@ def _trace(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int, *, cl
         described = [*exported.graph_module.graph.output_node().meta["desc"]]
         if not clone_outputs and any(isinstance(d, desc.IntermediateBaseAOTOutput) for d in described):
             return None
-        joint = _describe(exported.graph_module, batch, _symbol(size), shape_env)
+        joint = _describe(exported.graph_module, batch, symbol, shape_env)
     tangents = {key for kind, key in joint.inputs if kind == "tangent"}
     wanted = {i for i, wants in enumerate(wrapped.outputs_want_grad) if wants}
     return None if wanted - tangents else joint
@@ -260,10 +270,6 @@ def _symbolic_batch(mode: FakeTensorMode, batch: int) -> torch.SymInt | int:
     return size
 
 
-def _symbol(size: torch.SymInt | int) -> sympy.Symbol | None:
-    return size.node.expr if isinstance(size, torch.SymInt) else None
-
-
 def _fake_input(spec: ValueSpec, size: Any) -> torch.Tensor:
     def dim(d: int | sympy.Expr) -> Any:
         return d if isinstance(d, int) else sympy.lambdify(BATCH, d, "math")(size)
@@ -273,7 +279,7 @@ def _fake_input(spec: ValueSpec, size: Any) -> torch.Tensor:
     return tensor.requires_grad_(spec.requires_grad)
 
 
-def _describe(gm: fx.GraphModule, batch: int, symbol: sympy.Symbol | None, env: ShapeEnv) -> Joint:
+def _describe(gm: fx.GraphModule, batch: int, symbol: sympy.Symbol, env: ShapeEnv) -> Joint:
     """Translate torch's descriptors and flatten the pytree calling convention into plain placeholders."""
     gm.graph.set_codegen(fx.graph.CodeGen())
     inputs = [_input(node.meta["desc"]) for node in gm.graph.find_nodes(op="placeholder")]
@@ -286,7 +292,9 @@ def _describe(gm: fx.GraphModule, batch: int, symbol: sympy.Symbol | None, env: 
     baked = [n.target for n in gm.graph.find_nodes(op="get_attr") if isinstance(getattr(gm, n.target), nn.Parameter)]
     if baked:
         raise LoweringError(f"lowering failed: {len(baked)} parameters were traced as constants")
-    joint = Joint(gm, inputs, described, batch, symbol, [g.expr for g in env.guards])
+    fixed = symbol is BATCH or symbol in env.replacements
+    guards = [sympy.Eq(symbol, batch)] if fixed else [g.expr for g in env.guards]
+    joint = Joint(gm, inputs, described, batch, symbol, guards, fixed)
     joint.set_outputs(values, described)
     return joint
 

@@ -45,6 +45,8 @@ BACKWARD_KINDS = ("grad", "predicted", "counts")
 FORWARD = "forward"
 """Value of ``meta["e2_half"]`` of a node that only backward reads and that forward computes all the same."""
 
+_CHECKS = (torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg)
+
 
 def partition(joint: Joint) -> Halves:
     """Split ``joint``: forward is what its outputs need, everything else waits for backward.
@@ -93,8 +95,17 @@ def forward_half(joint: Joint) -> set[fx.Node]:
     pairs = zip(joint.outputs, joint.output_nodes(), strict=True)
     found = ancestors([value for (kind, _), value in pairs if kind not in BACKWARD_KINDS])
     found |= ancestors([n for n in joint.graph.nodes if n.meta.get("e2_half") == FORWARD], stop=found)
+    found |= _checks(joint)
     claim_results(joint.graph, found)
     return found
+
+
+def _checks(joint: Joint) -> set[fx.Node]:
+    """The checks of what forward computes, which nothing reads, with what they look at."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    tangents = {n for n, (kind, _) in zip(placeholders, joint.inputs, strict=True) if kind == "tangent"}
+    of_forward = [ancestors([n]) for n in joint.graph.nodes if n.target in _CHECKS]
+    return {node for found in of_forward if found.isdisjoint(tangents) for node in found}
 
 
 def ancestors(values: list[Any], stop: set[fx.Node] | None = None) -> set[fx.Node]:

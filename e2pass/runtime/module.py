@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from e2pass.capture import Capture
+from e2pass.capture.copies import copied
 from e2pass.capture.origin import first_sentence
 from e2pass.config import Config
 from e2pass.errors import E2PassError, InputError
@@ -19,7 +20,7 @@ from e2pass.plan import Decide, Mode, Plan, Region, RunRegion, Skip, ValueName
 from e2pass.runtime.decision import processes_wait
 from e2pass.runtime.gates import SLUGates
 from e2pass.runtime.merge import merge_gathered, merge_masked
-from e2pass.runtime.runner import LoweringCache, RegionRunner, fetch
+from e2pass.runtime.runner import LoweringCache, RegionRunner, bind_module, fetch
 from e2pass.runtime.scales import RunningScales
 from e2pass.runtime.shared import SumThenSign
 from e2pass.runtime.steps import StepCounter
@@ -99,6 +100,7 @@ class E2Module(nn.Module):
             cache = self._executable.cache
             runners[mode] = {r.name: RegionRunner(r, self, cache) for r in plan.regions}
         self._runners = runners
+        self._beside = {mode: bind_module(p.beside.graph, self) for mode, p in self._executable.plans.items()}
         statistics = {name for runner in runners["train"].values() for name in runner.statistics}
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         moved: list[Slot] = [slot for norm in norms for slot in slots(norm)]
@@ -162,8 +164,15 @@ class E2Module(nn.Module):
             self.e2_slu.settle()
         if self.e2_steps is not None and self.training and torch.is_grad_enabled():
             self.e2_steps.count += 1
-        output = tree_map(lambda v: values[v.name] if isinstance(v, ValueName) else v, self._plan.output)
-        return executable.capture.rebuild(output, self.training)
+        return self.returned(values)
+
+    def returned(self, values: Mapping[str, Any]) -> Any:
+        """What the model returns in the present mode, once ``values`` are computed."""
+        plan = self._plan
+        found = self._beside["train" if self.training else "eval"](*(values[n] for n in plan.beside.inputs))
+        known = {**values, **dict(zip(plan.beside.outputs, found, strict=True))}
+        output = tree_map(lambda v: known[v.name] if isinstance(v, ValueName) else v, plan.output)
+        return self._executable.capture.rebuild(output, self.training)
 
     def _walk(self, run: _Run) -> None:
         if self.e2_slu is not None:
@@ -205,7 +214,7 @@ class E2Module(nn.Module):
         memo[id(self)] = twin
         for key, value in self.__dict__.items():
             twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
-        object.__setattr__(twin, "_source", copy.deepcopy(self.source(), memo))
+        object.__setattr__(twin, "_source", copied(self.source(), memo))
         for registry in ("_modules", "_parameters", "_buffers"):
             twin.__dict__[registry] = {k: copy.deepcopy(v, memo) for k, v in self.__dict__[registry].items()}
         twin._bind()

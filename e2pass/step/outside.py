@@ -55,7 +55,7 @@ class Outside:
             region = self.regions[name]
             place = Place(name, region.paths, region.blocks, region.block)
             for found, joint in zip((before, after), joints, strict=True):
-                split = joint.symbol is not None and self._splits(region.block)
+                split = not joint.fixed and self._splits(region.block)
                 nodes = joint_nodes(joint, place, self.batch, self.batch // 2 if split else None)
                 found += nodes
         return before, after

@@ -168,7 +168,7 @@ class _Converter:
     def _size(self, size: Any, batch: int) -> int:
         if isinstance(size, int):
             return size
-        if self.joint.batch == batch or self.joint.symbol is None:
+        if self.joint.batch == batch:
             return int(size.node.hint)
         expression = size.node.expr
         if (expression, batch) not in self.sizes:
