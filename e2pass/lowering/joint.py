@@ -17,7 +17,8 @@ import torch.fx.traceback
 from torch import fx, nn
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import descriptors as desc
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from e2pass.errors import LoweringError
@@ -167,7 +168,8 @@ def trace_joint(module: fx.GraphModule, specs: Sequence[ValueSpec], batch: int) 
     Raises:
         LoweringError: When tracing fails; the message carries torch's own reason.
     """
-    with _without_onednn() if _has_recurrent_layer(module) else contextlib.nullcontext():
+    onednn = _without_onednn() if _has_recurrent_layer(module) else contextlib.nullcontext()
+    with onednn, disable_proxy_modes_tracing(), unset_fake_temporarily():  # a caller may be tracing itself
         joint = _trace_or_clone(module, specs, max(batch, 2))
         if batch == 1 and joint.fixed:
             joint = _trace_or_clone(module, specs, 1)

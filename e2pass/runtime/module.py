@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -158,8 +159,9 @@ class E2Module(nn.Module):
         bound = executable.capture.bind(args, kwargs)
         values: dict[str, Any] = dict(zip(self._plan.inputs, bound, strict=True))
         batch = next((t.shape[0] for t in bound if t.dim()), 1)
+        precise = self._warming() or self._autocasts(bound)
         with undone_on_failure(self._moved(), self.e2_slu), _explained(executable.capture, bound):
-            self._walk(_Run(self, values, batch, masked))
+            self._walk(_Run(self, values, batch, masked, precise))
         if self.e2_slu is not None:
             self.e2_slu.settle()
         if self.e2_steps is not None and self.training and torch.is_grad_enabled():
@@ -197,7 +199,7 @@ class E2Module(nn.Module):
 
     def _shared_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
         psg = self._executable.config.psg
-        if psg is None or not self.training or not torch.is_grad_enabled() or self._warming():
+        if psg is None or not self.training or not torch.is_grad_enabled():
             return {}
         made: dict[str, tuple[Tensor, Tensor]] = {}
         for name in set(self._executable.shared.values()):
@@ -205,6 +207,17 @@ class E2Module(nn.Module):
             if weight.requires_grad:
                 made[name] = SumThenSign.apply(weight, name, psg, self.e2_counts.add)  # type: ignore[no-untyped-call]
         return {alias: made[name] for alias, name in self._executable.shared.items() if name in made}
+
+    def _autocasts(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether autocast chooses the types of products, so that codes and signs can not; a warning says so."""
+        if self._executable.cache is None or not any(torch.is_autocast_enabled(t.device.type) for t in inputs):
+            return False
+        warnings.warn(
+            "torch.autocast chooses the types of products, so low precision and predicted signs are off within it; "
+            "call the transformed model outside of it",
+            stacklevel=2,
+        )
+        return True
 
     def _warming(self) -> bool:
         return self.e2_steps is not None and self.e2_steps.warming
@@ -290,10 +303,9 @@ class SelectionCounts(nn.Module):
 class _Run:
     """One forward pass."""
 
-    def __init__(self, module: E2Module, values: dict[str, Any], batch: int, masked: bool) -> None:
-        self.module, self.values, self.batch, self.masked = module, values, batch, masked
-        self.overrides = module._shared_weights()
-        self.precise = module._warming()
+    def __init__(self, module: E2Module, values: dict[str, Any], batch: int, masked: bool, precise: bool) -> None:
+        self.module, self.values, self.batch, self.masked, self.precise = module, values, batch, masked, precise
+        self.overrides = {} if precise else module._shared_weights()
         self.runners = module._runners["train" if module.training else "eval"]
 
     def step(self, step: RunRegion | Decide | Skip) -> None:

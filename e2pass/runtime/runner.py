@@ -324,7 +324,7 @@ class RegionRunner:
         """Everything that a lowering of this call bakes in."""
         specs = self._specs(inputs, batch, layouts)
         frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
-        return self.region.name, frozen, graph is self.frozen, specs, self._baked(), _autocast(inputs)
+        return self.region.name, frozen, graph is self.frozen, specs, self._baked()
 
     def lower(self, specs: Sequence[ValueSpec], batch: int, graph: fx.Graph | None = None) -> Joint:
         """The region's joint graph, before any rewrite."""
@@ -354,12 +354,6 @@ class RegionRunner:
 
     def _running_scale(self, name: str) -> Tensor:
         return self.owner.e2_scales.get(self.region.name, name)  # type: ignore[union-attr, no-any-return, operator]
-
-
-def _autocast(inputs: Sequence[Tensor]) -> torch.dtype | None:
-    """The type that autocast computes in where the inputs are, None where it is off."""
-    kind = inputs[0].device.type if inputs else "cpu"
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _channels_last(tensor: Tensor) -> bool:
