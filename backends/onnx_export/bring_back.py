@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from e2pass.backends.onnx_export.files import transformed_module
-from e2pass.backends.onnx_export.update import update_of
+from e2pass.backends.onnx_export.update import STATES, update_of
 from e2pass.errors import InputError
 from e2pass.runtime.module import E2Module
 
 if TYPE_CHECKING:
     from e2pass.transformed import Transformed
-
-_STATES = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
-"""What the optimizers that can be exported keep of a parameter."""
 
 
 def load_training_state(
@@ -44,7 +41,7 @@ def load_training_state(
     module = transformed_module(t_or_module)
     arrays = _arrays(values)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
-    states = {f"{name}.{key}": (name, key) for name, _ in module.named_parameters() for key in _STATES}
+    states = {f"{name}.{key}": (name, key) for name, _ in module.named_parameters() for key in STATES}
     rates = _rates(optimizer, module)
     unknown = [n for n in arrays if n not in own and n not in states and not n.startswith("lr.")]
     if unknown or not arrays.keys() & own.keys():
@@ -64,7 +61,8 @@ def load_training_state(
             return
         for name in found.keys() & states.keys():
             parameter, key = states[name]
-            optimizer.state[own[parameter]][key] = found[name].to(own[parameter].dtype).clone()
+            dtype = torch.float32 if key == "step" else own[parameter].dtype
+            optimizer.state[own[parameter]][key] = found[name].to(dtype).clone()
         for name in found.keys() & rates.keys():
             rates[name]["lr"] = float(found[name])
 

@@ -22,7 +22,7 @@ from e2pass.backends.onnx_export.files import (
 )
 from e2pass.backends.onnx_export.opaque import traced
 from e2pass.backends.onnx_export.training_form import NEXT, TracedStep, TrainingForm
-from e2pass.backends.onnx_export.update import state_tensors, update_of
+from e2pass.backends.onnx_export.update import check_damped, state_tensors, update_of
 from e2pass.inputs import Inputs
 from e2pass.runtime.module import E2Module
 
@@ -55,8 +55,8 @@ def export_training(
         target: An example of the loss's second argument; None where the model returns its loss itself.
         path: File to write; an existing one is replaced, and only by a complete file.
         loss: ``loss(output, target)``; default cross-entropy on the first output.
-        optimizer: ``SGD``, ``Adam`` or ``AdamW`` over the model's parameters, with its present state and learning
-            rates; default SGD with learning rate 0.1 and momentum 0.9 over all of them.
+        optimizer: ``SGD``, ``Adam``, ``AdamW`` or ``e2pass.optim.SignSGD`` over the model's parameters, with its
+            present state and learning rates; default SGD with learning rate 0.1 and momentum 0.9 over all of them.
         checkpoint: What ``t.state_dict()`` or ``t.model.state_dict()`` returned, or a file that ``torch.save`` wrote
             of it, to start from instead of the model's present state.
         gradients: Return each parameter's gradient too, as ``grad.NAME``.
@@ -71,7 +71,9 @@ def export_training(
     """
     module = transformed_module(t_or_module)
     path = target_path(path)
-    update = update_of(optimizer or default_optimizer(module), module)
+    optimizer = optimizer or default_optimizer(module)
+    update = update_of(optimizer, module)
+    check_damped(optimizer, module)
     form = TrainingForm(checkpoint_into(module, checkpoint), loss, update, gradients)
     inputs = Inputs.of(example_inputs)
     tensors = tuple(v.detach() for v in form.twin._executable.capture.bind(inputs.args, inputs.kwargs))

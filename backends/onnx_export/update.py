@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from e2pass.errors import ConfigError, ExportError, InputError
-from e2pass.optim import is_number
+from e2pass.optim import SignSGD, is_number
 
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, Tensor, Mapping[str, Any]], tuple[Tensor, State]]
@@ -21,12 +21,14 @@ Rule = Callable[[Tensor, Tensor, State, Tensor, Mapping[str, Any]], tuple[Tensor
 
 
 def sgd(p: Tensor, grad: Tensor, state: State, lr: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, State]:
-    """``torch.optim.SGD`` without dampening."""
+    """``torch.optim.SGD``, once there is a momentum to damp."""
+    if options["maximize"]:
+        grad = -grad
     if options["weight_decay"]:
         grad = grad + options["weight_decay"] * p
     if not options["momentum"]:
         return p - lr * grad, {}
-    momentum = options["momentum"] * state["momentum_buffer"] + grad
+    momentum = options["momentum"] * state["momentum_buffer"] + (1 - options["dampening"]) * grad
     step = grad + options["momentum"] * momentum if options["nesterov"] else momentum
     return p - lr * step, {"momentum_buffer": momentum}
 
@@ -34,6 +36,8 @@ def sgd(p: Tensor, grad: Tensor, state: State, lr: Tensor, options: Mapping[str,
 def adam(p: Tensor, grad: Tensor, state: State, lr: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, State]:
     """``torch.optim.Adam``, and ``AdamW`` where the weight decay is decoupled."""
     beta1, beta2 = options["betas"]
+    if options["maximize"]:
+        grad = -grad
     if options["weight_decay"]:
         if options["decoupled_weight_decay"]:
             p = p * (1 - lr * options["weight_decay"])
@@ -45,16 +49,45 @@ def adam(p: Tensor, grad: Tensor, state: State, lr: Tensor, options: Mapping[str
     # In double precision: close to 1 a power loses what is left of it in single.
     weight1, weight2 = ((1 - beta ** step.double()).to(p.dtype) for beta in (beta1, beta2))
     size = lr / weight1
-    spread = second.sqrt() / weight2.sqrt() + options["eps"]
-    return p - size * first / spread, {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    new = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    largest = second
+    if options["amsgrad"]:
+        largest = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second)
+    spread = largest.sqrt() / weight2.sqrt() + options["eps"]
+    return p - size * first / spread, new
 
 
+def sign_sgd(p: Tensor, grad: Tensor, state: State, lr: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, State]:
+    """``e2pass.optim.SignSGD``; a group without signs is updated as by SGD."""
+    momentum, of_momentum = options["momentum"], options["sign"] and options["sign_at"] == "momentum"
+    step, new = grad, {}
+    if of_momentum:
+        if momentum:
+            step = new["momentum_buffer"] = momentum * state["momentum_buffer"] + step
+        step = _sign(step, options["scale"])
+    elif options["sign"]:
+        step = _sign(step, options["scale"])
+    if options["weight_decay"]:
+        step = step + options["weight_decay"] * p
+    if momentum and not of_momentum:
+        step = new["momentum_buffer"] = momentum * state["momentum_buffer"] + step
+    return p - lr * step, new
+
+
+def _sign(value: Tensor, scale: str) -> Tensor:
+    sign = value.sign() + value * 0.0  # torch's sign of NaN is 0
+    return sign * value.abs().mean() if scale == "mean" else sign
+
+
+_ADAM = ("betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize")
 _RULES: dict[type[torch.optim.Optimizer], tuple[Rule, tuple[str, ...]]] = {
-    torch.optim.SGD: (sgd, ("momentum", "nesterov", "weight_decay")),
-    torch.optim.Adam: (adam, ("betas", "eps", "weight_decay", "decoupled_weight_decay")),
-    torch.optim.AdamW: (adam, ("betas", "eps", "weight_decay", "decoupled_weight_decay")),
+    torch.optim.SGD: (sgd, ("momentum", "nesterov", "weight_decay", "dampening", "maximize")),
+    torch.optim.Adam: (adam, _ADAM),
+    torch.optim.AdamW: (adam, _ADAM),
+    SignSGD: (sign_sgd, ("momentum", "weight_decay", "sign", "sign_at", "scale")),
 }
-_REFUSED = {"dampening": 0, "amsgrad": False, "maximize": False}
+STATES = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""What these optimizers keep of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +139,6 @@ def update_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> Update:
     for index, group in enumerate(optimizer.param_groups):
         if not is_number(group["lr"]) or group["lr"] < 0:
             raise ConfigError(f"the optimizer's learning rate {group['lr']!r} is not allowed; it is a number from 0")
-        for option, neutral in _REFUSED.items():
-            if group.get(option, neutral) != neutral:
-                raise ConfigError(f"{type(optimizer).__name__} with {option} = {group[option]!r} cannot be exported")
         foreign = [p for p in group["params"] if id(p) not in names]
         if foreign:
             raise InputError("the optimizer holds parameters that are not the model's; build it over t.param_groups()")
@@ -123,11 +153,28 @@ def update_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> Update:
     return Update(tuple(groups), states)
 
 
+def check_damped(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Refuse dampening without a momentum: the first step is then of another kind than all others.
+
+    Raises:
+        ConfigError: If a parameter has none; the message names it.
+    """
+    damped = [g for g in optimizer.param_groups if g.get("dampening") and g["momentum"]]
+    ids = {id(p) for g in damped for p in g["params"] if optimizer.state.get(p, {}).get("momentum_buffer") is None}
+    name = next((name for name, p in module.named_parameters() if id(p) in ids and p.requires_grad), None)
+    if name is not None:
+        raise ConfigError(
+            f"{name} has no momentum yet, and with dampening SGD takes its first gradient undamped, which the exported "
+            "step would not; take a step in PyTorch first, or set dampening=0"
+        )
+
+
 def _present_state(rule: Rule, options: Mapping[str, Any], held: Mapping[str, Any], p: Tensor) -> State:
-    if rule is sgd:
-        wanted = {"momentum_buffer": torch.zeros_like(p)} if options["momentum"] else {}
+    if rule is adam:
+        kept = STATES[2:] if options["amsgrad"] else STATES[2:-1]
+        wanted = {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in kept}}
     else:
-        wanted = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        wanted = {"momentum_buffer": torch.zeros_like(p)} if options["momentum"] else {}
     found = {key: held.get(key) for key in wanted}
     return {k: v.detach().clone() if (v := found[k]) is not None else w.detach() for k, w in wanted.items()}
 
@@ -139,7 +186,10 @@ def state_tensors(module: nn.Module, update: Update) -> dict[str, Tensor]:
         ExportError: If two of them have one name.
     """
     state = {name: p.detach() for name, p in module.named_parameters()} | dict(module.named_buffers())
-    added = {f"lr.{group.name}": torch.tensor(group.lr) for group in update.groups}
+    added = {
+        f"lr.{g.name}": torch.tensor(g.lr, dtype=torch.float64 if _double(state, g) else torch.float32)
+        for g in update.groups
+    }
     for name, held in update.state.items():
         added |= {f"{name}.{key}": value for key, value in held.items()}
     both = next((name for name in added if name in state), None)
@@ -149,3 +199,7 @@ def state_tensors(module: nn.Module, update: Update) -> dict[str, Tensor]:
             "rename the module, parameter or parameter group"
         )
     return added | state
+
+
+def _double(state: Mapping[str, Tensor], group: Group) -> bool:
+    return any(state[name].dtype == torch.float64 for name in group.parameters)
