@@ -78,6 +78,19 @@ def _weight_gradient(
     return result
 
 
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    """``aten::native_layer_norm`` in double precision: ONNX's own returns mean and deviation in single."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    mean = x.mean(axes, keepdim=True)
+    centred = x - mean
+    invstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    out = centred * invstd
+    out = out * weight if weight is not None else out
+    return out + bias if bias is not None else out, mean, invstd
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -263,6 +276,7 @@ def batch_norm_in_place(
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten._native_batch_norm_legit_functional.default: batch_norm,
+    aten.native_layer_norm.default: layer_norm,
     # The exporter's translation of this one gives a total weight of 1, whatever the batch.
     aten.nll_loss_forward.default: torch._decomp.decomposition_table[aten.nll_loss_forward.default],
     # This one is translated to a function of the exporter's own domain.

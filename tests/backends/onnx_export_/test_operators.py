@@ -70,6 +70,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         ),
         torch.randn(4, 3, 9, 10),
     ),
+    "double": lambda: (
+        nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), Residual(nn.Linear(12, 12), nn.Tanh())).double(),
+        torch.randn(4, 12, dtype=torch.float64),
+    ),
     "mixed": lambda: (
         nn.Sequential(nn.Linear(12, 12), Function(mixed), Residual(nn.Linear(12, 12), nn.Tanh())),
         torch.randn(4, 12),
