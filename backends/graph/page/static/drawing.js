@@ -16,6 +16,7 @@ E2Step.scheme = (name) => {
 };
 const MOST_BOXES = 500;
 const BAR_PX = 104;
+E2Step.PAD_PT = 10.8;
 
 const channels = (colour) => {
   const digits = colour.length === 4 ? [...colour.slice(1)].map((digit) => digit + digit).join("") : colour.slice(1);
@@ -39,8 +40,8 @@ const roomy = (text) => room(text) + escapeLabel(text) + room(text);
 E2Step.clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text);
 
 E2Step.Drawing = class {
-  constructor(model, viz) {
-    this.model = model; this.viz = viz; this.open = new Set([0]); this.colour = "technique"; this.showSaved = true;
+  constructor(model, layout) {
+    this.model = model; this.layout = layout; this.open = new Set([0]); this.colour = "technique"; this.showSaved = true;
   }
 
   // The group that stands for `group` in the drawing: the outermost closed one, or null if all around it is open.
@@ -108,36 +109,27 @@ E2Step.Drawing = class {
       const totals = this.totalsOf(box);
       for (const key of ["energy", "time"]) this.largest[key] = Math.max(this.largest[key], totals[key]);
     }
-    // Graphviz does not keep frames in an order; where it has put backward first, another start mostly helps.
-    const drawn = this.viz.renderSVGElement(this._graph(anchor, boxes, false));
-    if (this._inOrder(drawn)) return drawn;
-    const again = this.viz.renderSVGElement(this._graph(anchor, boxes, true));
-    return this._inOrder(again) ? again : drawn;
+    const edges = [...this._edges(anchor)].filter((edge) => this.showSaved || edge.kind !== "saved");
+    const rows = new E2Step.Rows(this.model, boxes, edges);
+    const links = [], graph = this._graph(boxes);
+    for (const edge of edges) if (!this._within(graph, rows, edge)) links.push({ ...edge, id: this._idOf(edge), look: this._line(edge) });
+    for (const ids of rows.beside()) graph.subgraphs.push({ graphAttributes: { rank: "same" }, nodes: [...ids].map((name) => ({ name })) });
+    const columns = new E2Step.Columns(this.layout(graph), boxes);
+    columns.arrange();
+    columns.link(links);
+    return columns.svg;
   }
 
-  _graph(anchor, boxes, tops) {
+  _graph(boxes) {
     const graph = {
       directed: true, name: "step",
-      graphAttributes: { rankdir: "TB", nodesep: 0.16, ranksep: 0.28, bgcolor: "transparent", fontname: "Helvetica", pad: 0.15, newrank: true },
+      graphAttributes: { rankdir: "TB", nodesep: 0.16, ranksep: 0.28, bgcolor: "transparent", fontname: "Helvetica", pad: E2Step.PAD_PT / 72, newrank: true, outputorder: "edgesfirst" },
       nodeAttributes: { shape: "box", style: "rounded,filled", fillcolor: E2Step.scheme("box"), color: E2Step.scheme("box-line"), fontname: "Helvetica", fontsize: 10, fontcolor: E2Step.scheme("ink"), margin: "0.09,0.05", height: 0.3 },
       edgeAttributes: { arrowsize: 0.5, penwidth: 1 },
       nodes: [], edges: [], subgraphs: [],
     };
     this._clusters(graph, boxes);
-    if (tops) this._tops(graph);
-    for (const edge of this._edges(anchor)) this._draw(graph, edge);
-    this._rungs(graph, boxes);
     return graph;
-  }
-
-  // Whether forward stands left of backward and that left of update.
-  _inOrder(svg) {
-    const lefts = Object.values(E2Step.COLUMNS).map((name) => {
-      const column = [...svg.querySelectorAll("g.column")].find((frame) => frame.querySelector("text")?.textContent.trim() === name);
-      const numbers = column?.querySelector("path")?.getAttribute("d").match(/-?[\d.]+(?=,)/g);
-      return numbers ? Math.min(...numbers.map(Number)) : null;
-    }).filter((left) => left !== null);
-    return lefts.every((left, i) => i === 0 || lefts[i - 1] < left);
   }
 
   totalsOf(box) {
@@ -150,7 +142,7 @@ E2Step.Drawing = class {
     const columns = {}, clusters = new Map();
     for (const column of "fbu") {
       columns[column] = { name: `cluster_${column}`, nodes: [], subgraphs: [], graphAttributes: {
-        label: E2Step.COLUMNS[column], labeljust: "l", fontname: "Helvetica", fontsize: 12, fontcolor: E2Step.scheme("soft"), style: "rounded,filled",
+        id: `column_${column}`, label: E2Step.COLUMNS[column], labeljust: "l", fontname: "Helvetica", fontsize: 12, fontcolor: E2Step.scheme("soft"), style: "rounded,filled",
         fillcolor: E2Step.scheme("column"), color: E2Step.scheme("line"), class: "column", margin: 10 } };
     }
     const clusterOf = (group, column) => {
@@ -174,17 +166,6 @@ E2Step.Drawing = class {
     for (const column of "fbu") {
       if (columns[column].nodes.length || columns[column].subgraphs.length) graph.subgraphs.push(columns[column]);
     }
-  }
-
-  // Points that nobody sees, one in each column, side by side.
-  _tops(graph) {
-    const points = graph.subgraphs.map((column) => {
-      const name = `top_${column.name}`;
-      column.nodes.unshift({ name, attributes: { shape: "point", style: "invis", width: 0.05, height: 0.05, label: "" } });
-      return name;
-    });
-    const attributes = { style: "invis", minlen: 0, weight: 500 };
-    points.slice(1).forEach((head, i) => graph.edges.push({ tail: points[i], head, attributes }));
   }
 
   _text(text) { return text.replace(/\\/g, "\\\\").replace(/[\u0000-\u001f]/g, " "); }
@@ -236,51 +217,24 @@ E2Step.Drawing = class {
       `<TR><TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="${this._soft()}">${escapeLabel(detail)}</FONT></TD></TR>${cells}</TABLE>`;
   }
 
-  // Invisible edges that put forward, backward and update of a module side by side, in this order.
-  _rungs(graph, boxes) {
-    const rows = new Map();
-    for (const [id, box] of boxes) {
-      const row = rows.get(box.group) || {};
-      // Backward runs from its last operation up, so its last stands beside the first of forward.
-      if (!row[box.column] || box.column === "b") row[box.column] = id;
-      rows.set(box.group, row);
-    }
-    const attributes = { style: "invis", minlen: 0, weight: 500 };
-    const loss = [...rows].find(([group]) => group.path[0] === "(loss)")?.[1].f;
-    for (const row of rows.values()) {
-      if (loss && row.u && !row.f && !row.b) graph.edges.push({ tail: loss, head: row.u, attributes });
-      const ids = ["f", "b", "u"].map((column) => row[column]).filter(Boolean);
-      ids.slice(1).forEach((id, i) => graph.edges.push({ tail: ids[i], head: id, attributes }));
-    }
+  _idOf(edge) { return `e_${edge.from}_${edge.to}`; }
+
+  _line(edge) {
+    const look = { color: E2Step.scheme(`edge-${edge.kind}`), class: `edge ${edge.kind}` };
+    if (edge.count > 1) look.penwidth = Math.min(3, 1 + Math.log10(edge.count));
+    if (edge.kind === "saved") look.style = "dashed";
+    // What all gates share is updated from everywhere: those edges are there, but stand back.
+    const far = edge.kind === "update" && this.boxes.get(edge.to).group.totals.b.count === 0;
+    return far ? { ...look, class: "edge update far", penwidth: 0.8 } : look;
   }
 
-  // Where a box stands from top to bottom: forward in the order of execution, backward beside it.
-  _above(from, to) {
-    const one = this.boxes.get(from), other = this.boxes.get(to);
-    const grouped = one.index === undefined && other.index === undefined;
-    if (grouped && one.group.totals.f.count && other.group.totals.f.count) return one.group.first < other.group.first;
-    const at = (box) => (box.index === undefined ? this.model.firstIn(box.group, box.column) : this.model.rank(box.index));
-    return one.column === "b" && other.column === "b" ? at(one) > at(other) : at(one) < at(other);
-  }
-
-  // Gradients flow up beside the values they belong to: laid out against their direction, drawn along it. An edge
-  // that runs back to a module which had its turn before moves nothing: modules stand in the order of their turns.
-  _draw(graph, edge) {
-    const attributes = { color: E2Step.scheme(`edge-${edge.kind}`), class: `edge ${edge.kind}`, id: `e_${edge.from}_${edge.to}`, tooltip: " " };
-    if (edge.count > 1) attributes.penwidth = Math.min(3, 1 + Math.log10(edge.count));
-    if (edge.kind === "saved") {
-      if (!this.showSaved) return;
-      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, style: "dashed", weight: 0, minlen: 0, constraint: false } });
-    } else if (edge.kind === "gradient") {
-      const constraint = this._above(edge.to, edge.from) || this.boxes.get(edge.from).column === "f";
-      graph.edges.push({ tail: edge.to, head: edge.from, attributes: { ...attributes, dir: "back", weight: 2, constraint } });
-    } else if (edge.kind === "update") {
-      // What all gates share is updated from everywhere: those edges are there, but stand back.
-      const far = this.boxes.get(edge.to).group.totals.b.count === 0 ? { class: "edge update far", penwidth: 0.8, weight: 0 } : {};
-      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, constraint: false, ...far } });
-    } else {
-      const constraint = this._above(edge.from, edge.to);
-      graph.edges.push({ tail: edge.from, head: edge.to, attributes: { ...attributes, weight: edge.kind === "value" ? 2 : 1, constraint } });
-    }
+  // Has Graphviz draw an edge within a column, and says whether it does. Gradients flow up beside the values they belong
+  // to: laid out against their direction, drawn along it. What runs back to a module that had its turn moves nothing.
+  _within(graph, rows, edge) {
+    const column = this.boxes.get(edge.from).column, up = column === "b", [upper, lower] = up ? [edge.to, edge.from] : [edge.from, edge.to];
+    if (this.boxes.get(edge.to).column !== column || !rows.above(upper, lower)) return false;
+    const weight = edge.kind === "value" || edge.kind === "gradient" ? 2 : 1;
+    graph.edges.push({ tail: upper, head: lower, attributes: { ...this._line(edge), id: this._idOf(edge), tooltip: " ", weight, ...(up ? { dir: "back" } : {}) } });
+    return true;
   }
 };

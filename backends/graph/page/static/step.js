@@ -6,7 +6,7 @@
   const zoom = Panzoom(holder, { maxScale: 6, minScale: 0.05, canvas: true, cursor: "grab", origin: "0 0", step: 0.25 });
   await new Promise((done) => setTimeout(done)); // Panzoom moves to its start once more after this script
   const model = new E2Step.Model(JSON.parse($("data").textContent));
-  const drawing = new E2Step.Drawing(model, await Viz.instance());
+  const drawing = new E2Step.Drawing(model, await E2Step.layout());
   let selection = null;
 
   const act = {
@@ -54,7 +54,8 @@
   function draw({ keep, fit }) {
     const started = performance.now();
     const before = keep && place(boxOf({ group: keep })), pan = zoom.getPan();
-    const svg = drawing.render();
+    let svg;
+    try { svg = drawing.render(); } catch (problem) { say(`Graphviz cannot draw this: ${problem.message}`); return false; }
     if (!svg) { say("That would be too much to read at once: close something first."); return false; }
     svg.querySelectorAll("title").forEach((title) => title.remove());
     holder.replaceChildren(svg);
