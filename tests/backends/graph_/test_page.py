@@ -17,6 +17,7 @@ from torch import nn
 import e2pass
 from e2pass.backends.graph.page import to_html
 from e2pass.backends.graph.page.data import page_data, to_json
+from e2pass.models import resnet
 from e2pass.report import si
 from e2pass.step.graph import TrainingGraph
 from tests.browser import Browser
@@ -310,17 +311,16 @@ def assert_in_columns(browser: Browser) -> None:
     assert all(right <= left for (_, _, right), (_, left, _) in pairwise(columns))
 
 
+@pytest.mark.slow
 def test_whatever_is_open_stands_in_order_and_loses_no_link(browser: Browser, tmp_path: Path) -> None:
     """Graphviz drops an edge that it cannot lay, says so on the console, and knows no order of columns."""
-    model, inputs = ZOO["preact_resnet"].make()
-    e2pass.transform(model, inputs, [None, None]).graph.to_html(tmp_path / "step.html")
+    t = e2pass.transform(resnet(8), torch.randn(4, 3, 32, 32), config=e2pass.Config(smd=None, slu=None, psg=None))
+    t.graph.to_html(tmp_path / "step.html")
     browser.console()
     browser.open(tmp_path / "step.html")
     browser.wait(lambda: bool(browser.run("return document.getElementById('step').dataset.ready")))
     data = json.loads(browser.run("return document.getElementById('step-data').textContent"))
-    modules = [row.get_attribute("title") for row in browser.all("#step-tree .row")]
-    assert len(modules) > 5
-    for module in modules:
+    for module in ("bn", "stage1.0", "fc"):
         browser.run("document.getElementById('step-home').click()")
         browser.find(f'.row[title="{module}"] .twist').click()
         browser.wait(lambda module=module: bool(browser.run(OPEN, module)))  # type: ignore[misc]
