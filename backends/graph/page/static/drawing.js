@@ -113,6 +113,7 @@ E2Step.Drawing = class {
     const rows = new E2Step.Rows(this.model, boxes, edges);
     const links = [], graph = this._graph(boxes);
     for (const edge of edges) if (!this._within(graph, rows, edge)) links.push({ ...edge, id: this._idOf(edge), look: this._line(edge) });
+    this._lone(graph, rows);
     for (const ids of rows.beside()) graph.subgraphs.push({ graphAttributes: { rank: "same" }, nodes: [...ids].map((name) => ({ name })) });
     const columns = new E2Step.Columns(this.layout(graph), boxes);
     columns.arrange();
@@ -215,6 +216,18 @@ E2Step.Drawing = class {
     }
     return `<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR><TD ALIGN="LEFT"><B>${name}</B></TD></TR>` +
       `<TR><TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="${this._soft()}">${escapeLabel(detail)}</FONT></TD></TR>${cells}</TABLE>`;
+  }
+
+  // An operation that no edge of its column holds would rise to the top: it stands below the closed module before it.
+  _lone(graph, rows) {
+    const held = new Set(graph.edges.flatMap(({ tail, head }) => [tail, head]));
+    const closed = [...this.boxes].filter(([, box]) => box.index === undefined);
+    for (const [id, { index, column }] of this.boxes) {
+      if (index === undefined || held.has(id)) continue;
+      const before = closed.filter(([other, box]) => box.column === column && rows.above(other, id)).map(([other]) => other);
+      const nearest = before.reduce((best, other) => (!best || rows.above(best, other) ? other : best), null);
+      if (nearest) graph.edges.push({ tail: nearest, head: id, attributes: { style: "invis", weight: 0 } });
+    }
   }
 
   _idOf(edge) { return `e_${edge.from}_${edge.to}`; }
