@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from e2pass.backends.onnx_export.decompositions import IN_PLACE
@@ -291,6 +292,11 @@ class TrainingForm:
             return leaves[0]
         try:
             found = _cross_entropy(leaves[0], target) if self.loss is None else self.loss(output, target)
+        except GuardOnDataDependentSymNode as error:
+            raise ExportError(
+                "the loss looks at values of its tensors, and the exported step would do what it did for these; write "
+                "it with torch.where"
+            ) from error
         except Exception as error:
             raise InputError(
                 f"{'cross-entropy' if self.loss is None else 'the loss'} takes no output of shape "

@@ -372,6 +372,8 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         export_training(t, inputs, target, path, checkpoint={"model": odd})
     with pytest.raises(InputError, match="give a target: the model does not return its loss"):
         export_training(t, inputs, None, path)
+    with pytest.raises(ExportError, match=r"the loss looks at values of its tensors, .* write it with torch\.where"):
+        export_training(t, inputs, target, path, loss=lambda y, _: y.sum() if float(y.sum()) > 0 else y.mean())
     with t.set_gates("random"), pytest.raises(ExportError, match=r"export with set_gates\('learned'\)"):
         export_training(t, inputs, target, path)
     assert list(tmp_path.iterdir()) == []
