@@ -178,7 +178,7 @@ def _one_value_per_sample(owner: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         if not isinstance(owner.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm):
             return False
-    elif node.target is not torch.ops.aten.batch_norm.default and node.target is not nn.functional.batch_norm:
+    elif node.target is not torch.ops.aten.batch_norm.default:
         return False
     value = node.meta["val"]
     return all(isinstance(s, int) and s == 1 for s in value.shape[2:])

@@ -16,6 +16,7 @@ from e2pass.capture.binding import Binding
 from e2pass.capture.copies import copied
 from e2pass.capture.dice import Outcomes, dice_of
 from e2pass.capture.functional import differs_by_mode, functionalize
+from e2pass.capture.norms import unify_batch_norms
 from e2pass.capture.origin import explain
 from e2pass.capture.rung import Draft, RungError, graft
 from e2pass.capture.shapes import Observed, ShapeWorld, make_world, observe
@@ -219,6 +220,7 @@ class _Ladder:
         world = self._annotate(shells, draft.leaves, remarks)
         for shell, training in zip(shells, (True, False), strict=False):
             functionalize(shell.graph, self._work, training, world, remarks)
+            unify_batch_norms(shell.graph)
             shell.graph.lint()
             shell.recompile()
         for mode, shell in enumerate((shells[0], shells[-1])):
