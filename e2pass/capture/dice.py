@@ -36,6 +36,13 @@ _READS = frozenset(
 
 Outcomes = tuple[Any, ...]
 
+INSTEAD_OF_CHANCE = 'set the probability there to 0 (as layerdrop=0.0), and let SLU(gate="random") drop blocks instead'
+
+
+def by_chance(line: str) -> str:
+    """What a model does that cannot be captured, in words."""
+    return f"decides by a random number in Python at {line}, and a graph would hold one throw for ever"
+
 
 @dataclass(frozen=True)
 class Dice:
@@ -70,18 +77,33 @@ def dice_of(model: nn.Module, call: Callable[[], Any], training: bool) -> Dice:
     if not lines:
         return Dice("", ())
 
-    def thrown(throw: int) -> Any:
-        for generator in generators:
-            generator.write(generator.throws[throw])
-        with _Watch(states[throw]):
-            return call()
-
     with states_kept(generators):
-        first = run(model, functools.partial(thrown, 0), training)
+        first = run(model, functools.partial(_thrown, call, generators, 0), training)
         for throw in range(1, THROWS):
-            if difference(first, run(model, functools.partial(thrown, throw), training)):
+            if difference(first, run(model, functools.partial(_thrown, call, generators, throw), training)):
                 return Dice(lines[0], ())
     return Dice("", tuple(watch.outcomes))
+
+
+def difference_at_any_throw(model: nn.Module, one: Callable[[], Any], other: Callable[[], Any], training: bool) -> str:
+    """In which respect two ways to run ``model`` differ at some throw of its dice, ``""`` where in none."""
+    generators = generators_of(model)
+    with states_kept(generators):
+        for throw in range(THROWS):
+            first, second = (
+                run(model, functools.partial(_thrown, call, generators, throw), training) for call in (one, other)
+            )
+            found = difference(first, second)
+            if found:
+                return found
+    return ""
+
+
+def _thrown(call: Callable[[], Any], generators: Sequence[Generator], throw: int) -> Any:
+    for generator in generators:
+        generator.write(generator.throws[throw])
+    with _Watch(torch_states()[throw]):
+        return call()
 
 
 class _Follow(TorchFunctionMode):

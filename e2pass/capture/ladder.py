@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from e2pass.capture import exported, symbolic
 from e2pass.capture.binding import Binding
 from e2pass.capture.copies import copied
-from e2pass.capture.dice import Outcomes, dice_of
+from e2pass.capture.dice import INSTEAD_OF_CHANCE, by_chance, dice_of, difference_at_any_throw
 from e2pass.capture.functional import differs_by_mode, functionalize
 from e2pass.capture.norms import unify_batch_norms
 from e2pass.capture.origin import explain
@@ -111,7 +111,9 @@ class _Ladder:
         self._inputs = inputs
         self._proof, self._expected = self._run_original()
         self._refuse_changed_buffers()
-        self._outcomes = (self._idle_throws(True), self._idle_throws(False))
+        dice = [dice_of(self._work, self._call, training) for training in (True, False)]
+        self._outcomes = (dice[0].outcomes, dice[1].outcomes)
+        self._chance = dice[0].line or dice[1].line
 
     def climb(self) -> Capture:
         """Try one rung after the other."""
@@ -135,6 +137,8 @@ class _Ladder:
         if narrow is not None:
             self._report(*narrow, [reason for reason in reasons if not reason.startswith(narrow[0].rung + ":")])
             return narrow[0]
+        if self._chance:
+            raise CaptureError(f"{type(self._model).__name__} {by_chance(self._chance)}; {INSTEAD_OF_CHANCE}")
         found = [reason.partition(": ")[2] for reason in reasons]
         known = [why for why in (_odd_batch(self._inputs), _cumulative_norm(self._model)) if why]
         *others, last = [*found, *known]
@@ -144,8 +148,9 @@ class _Ladder:
         raise failure
 
     def _rungs(self) -> Iterable[tuple[str, Callable[[], Draft]]]:
-        yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding, self._outcomes)
-        yield "export", self._export
+        if not self._chance:
+            yield "symbolic_trace", lambda: symbolic.draft(self._work, self._binding, self._outcomes)
+            yield "export", self._export
         yield "symbolic_trace+leaves", lambda: symbolic.draft_with_leaves(self._work, self._binding, self._outcomes)
 
     def _export(self) -> Draft:
@@ -196,21 +201,9 @@ class _Ladder:
                         "call, which a graph cannot; keep its shape and type"
                     )
 
-    def _idle_throws(self, training: bool) -> Outcomes:
-        """What Python reads of random numbers; a model that decides by chance is refused: a graph holds one throw."""
-
-        def call() -> Any:
-            bound = self._binding.call_with(self._binding.bind(*_fresh(self._proof)))
-            return self._work(*bound.args, **bound.kwargs)
-
-        dice = dice_of(self._work, call, training)
-        if dice.line:
-            raise CaptureError(
-                f"{type(self._model).__name__} decides by a random number in Python at {dice.line}, and a graph would "
-                "hold one throw for ever; set the probability there to 0 (as layerdrop=0.0), and let "
-                'SLU(gate="random") drop blocks instead'
-            )
-        return dice.outcomes
+    def _call(self) -> Any:
+        bound = self._binding.call_with(self._binding.bind(*_fresh(self._proof)))
+        return self._work(*bound.args, **bound.kwargs)
 
     def _finish(self, draft: Draft) -> tuple[Capture, Diagnostics]:
         """Give a draft its modules and shapes, and prove it."""
@@ -227,6 +220,8 @@ class _Ladder:
             problem = difference(self._expected[mode], self._run_graph(shell, draft, self._proof, mode == 0))
             if problem:
                 raise RungError(f"the graph is not equal to the model in {_MODES[mode]} mode: {problem}")
+            if self._chance:
+                self._prove_throws(shell, draft, mode == 0)
         final = [graft(self._model, shell.graph, draft.constants) for shell in shells]
         result = Capture(
             train=final[0],
@@ -240,6 +235,15 @@ class _Ladder:
             _rebuild=draft.rebuild,
         )
         return result, remarks
+
+    def _prove_throws(self, shell: fx.GraphModule, draft: Draft, training: bool) -> None:
+        """Modules that stay opaque go on throwing their dice; those thrown elsewhere are in the graph for ever."""
+
+        def graph() -> Any:
+            return draft.rebuild[0 if training else 1](shell(*self._binding.bind(*_fresh(self._proof))))
+
+        if difference_at_any_throw(self._work, self._call, graph, training):
+            raise RungError("the graph does not throw the model's dice")
 
     def _run_graph(self, shell: fx.GraphModule, draft: Draft, inputs: Inputs, training: bool) -> Run:
         rebuild = draft.rebuild[0 if training else 1]
@@ -329,6 +333,9 @@ class _Ladder:
                 f"{whose} forward hooks ran for the capture alone: what they return is part of the graph, what else "
             )
             self._diagnostics.warn("E2P106", hooked[0], message + "they do is not")
+        if self._chance:
+            message = f"{by_chance(self._chance)}, so the modules around it stay opaque and go on throwing"
+            self._diagnostics.warn("E2P104", "", message, INSTEAD_OF_CHANCE)
         for leaf in result.leaves:
             self._diagnostics.warn("E2P102", leaf, "could not be traced and stays one opaque operation")
         self._diagnostics.extend(dict.fromkeys(remarks))

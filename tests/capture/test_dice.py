@@ -149,8 +149,10 @@ def test_layerdrop_of_a_transformers_model() -> None:
         return model.train()
 
     ids = {"input_ids": torch.arange(32).reshape(4, 8) % 20}
-    with pytest.raises(CaptureError, match=r"OPTModel decides by a random number in Python at modeling_opt\.py"):
-        taken(opt(0.01), ids)
+    remarks = Diagnostics()
+    assert capture(opt(0.01), Inputs.of(ids), remarks).leaves == ("decoder",)
+    (remark,) = remarks.with_code("E2P104")
+    assert "decides by a random number in Python at modeling_opt.py" in remark.message
     assert taken(opt(0.0), ids).rung == "export"
 
 
@@ -164,3 +166,31 @@ def test_the_extreme_states_are_extreme() -> None:
             drawn = [random.random(), random.uniform(0, 1), float(numpy.random.rand()), float(torch.rand([]))]
             assert drawn == pytest.approx([bound] * 4, abs=1e-5)
             assert all(0 < number < 1 for number in drawn)
+
+
+class Opaque(nn.Module):
+    """Cannot be traced into, since Python looks at values, and decides by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = not self.training or random.random() < 0.5
+        out: Tensor = self.linear(x) * float(x.detach().abs().max() > 0) * float(kept)
+        return out
+
+
+def test_a_module_that_stays_opaque_goes_on_throwing_its_dice() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Opaque(), nn.Linear(6, 2)), torch.randn(4, 6)
+    t = e2pass.transform(model, x, config="neutral")
+    assert [d.node for d in t.diagnostics.with_code("E2P102")] == ["1"]
+    (remark,) = t.diagnostics.with_code("E2P104")
+    assert "test_dice.py" in remark.message
+    found = []
+    for run in (model.train(), t.model.train()):
+        random.seed(0)
+        found.append(torch.stack([run(x) for _ in range(12)]))
+    assert torch.equal(*found)
+    assert len({tuple(row.flatten().tolist()) for row in found[1]}) == 2
