@@ -104,7 +104,7 @@ def measure(row: Row, model: nn.Module, inputs: Any) -> None:
     row.milliseconds = round(1e3 * (time.perf_counter() - started), 1)
     row.capture = captured.rung
     if captured.leaves:
-        why = next(d.message for d in diagnostics if d.code == "E2P101")
+        why = next(d.message for d in diagnostics.with_code("E2P101", "E2P104"))
         row.error = f"{len(captured.leaves)} modules stay opaque: {why}"
     row.found, row.gated = len(found.blocks), sum(block.gated for block in found.blocks)
     for block in found.blocks:
