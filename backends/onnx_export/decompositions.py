@@ -252,6 +252,23 @@ def unfold_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, size: in
     return zeros.scatter_add(-1, index, windows).movedim(-1, dim)
 
 
+def mean_of_bags(bags: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``aten`` operator of embedding bags in mode 1, the mean, by its sum: onnxruntime 1.32 crashes on its form."""
+
+    def decomposition(weight: Tensor, indices: Tensor, offsets: Tensor, *settings: Any) -> Any:
+        given: list[Any] = [*settings, *(False, 0, False, None, False, -1)[len(settings) :]]
+        by_frequency, mode, sparse, weights, last, padding = given
+        if mode != 1:
+            return NotImplemented
+        if last or padding not in (None, -1):
+            raise NotImplementedError("embedding_bag with mode='mean' and padding_idx")
+        sums, *rest = bags(weight, indices, offsets, by_frequency, 0, sparse, weights, last, padding)
+        ends = torch.cat([offsets[1:], torch.full_like(offsets[:1], indices.shape[0])])
+        return (sums / (ends - offsets).clamp(min=1).unsqueeze(1).to(sums.dtype), *rest)
+
+    return decomposition
+
+
 def batch_norm_in_place(
     x: Tensor,
     weight: Tensor | None,
@@ -294,6 +311,9 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.diagonal_scatter.default: diagonal_scatter,
     aten.diagonal_backward.default: diagonal_backward,
     aten.unfold_backward.default: unfold_backward,
+    aten.embedding_bag.padding_idx: mean_of_bags(aten.embedding_bag.padding_idx),
+    aten._embedding_bag.default: mean_of_bags(aten._embedding_bag.default),
+    aten._embedding_bag_forward_only.default: mean_of_bags(aten._embedding_bag_forward_only.default),
     **pooling.TABLE,
     **resampling.TABLE,
 }

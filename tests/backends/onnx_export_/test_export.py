@@ -195,6 +195,24 @@ def test_codes_of_other_widths_and_scales_of_channels(tmp_path: Path) -> None:
         assert (t.model.eval()(large) - plain).abs().max() > 1e-4  # quantization does show
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("config", ["slu", "e2train"])
+def test_bags_of_embeddings(tmp_path: Path, config: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model, words = nn.Sequential(nn.EmbeddingBag(10, 12, mode=mode), nn.Linear(12, 3)), torch.randint(0, 10, (4, 5))
+    t = e2pass.transform(model, words, config=config)
+    path = export_inference(t, words, tmp_path / "m.onnx")
+    assert check_inference(path, t, torch.randint(0, 10, (7, 5))) <= TOLERANCE
+
+
+def test_padded_means_of_embeddings_are_refused(tmp_path: Path) -> None:
+    model, words = nn.Sequential(nn.EmbeddingBag(10, 12, mode="mean", padding_idx=0)), torch.randint(0, 10, (4, 5))
+    t = e2pass.transform(model, words, config="neutral")
+    with pytest.raises(ExportError, match=r"operator aten\.embedding_bag"):
+        export_inference(t, words, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_vit(tmp_path: Path) -> None:
     model, inputs = ZOO["vit"].make()
     assert isinstance(inputs, dict)
