@@ -175,14 +175,7 @@ def test_a_free_epoch_ends_at_the_same_loss(config: Any, digits: tuple[Tensor, T
     for group in opt.param_groups:
         group["lr"] *= 0.1
     path = export_training(t, images[:BATCH], labels[:BATCH], tmp_path / "step.onnx", optimizer=opt)
-    pair = Pair(t, opt, path)
-    state, plain, exported = pair.state(), [], []
-    for start in range(0, len(labels) - BATCH + 1, BATCH):
-        batch = slice(start, start + BATCH)
-        found = pair.onnx_step(images[batch], labels[batch], state)
-        state = state | advanced(found)
-        exported.append(float(found["loss"]))
-        plain.append(pair.torch_step(images[batch], labels[batch]))
+    plain, exported = free_epoch(Pair(t, opt, path), images, labels)
     assert np.mean(exported[-10:]) == pytest.approx(np.mean(plain[-10:]), rel=0.05)
     assert np.mean(exported[-10:]) < 0.9 * np.mean(exported[:10])
 
