@@ -110,6 +110,7 @@ class RegionRunner:
         self.convolves = _convolves_images(region.graph, self.modules)
         self.parameters = [_slot(owner, name) for name in region_parameters(region, owner)]
         self.statistics = self._statistics()
+        self._averaged: dict[str, bool] = {}
         self.share = 0.0
 
     def __call__(
@@ -154,7 +155,7 @@ class RegionRunner:
     ) -> None:
         """Run calls like this one as plain PyTorch from now on, and say so: no diagnostic of ``transform`` did."""
         layouts = {self._layouts(cache, inputs), (False,) * len(inputs)}
-        refused = {self._key(graph, inputs, batch, layout) for layout in layouts}
+        refused = {self._key(graph, self._specs(inputs, batch, layout)) for layout in layouts}
         known = not refused.isdisjoint(cache.refused)
         cache.refused.update(dict.fromkeys(refused, str(error)))
         if not known:
@@ -253,8 +254,10 @@ class RegionRunner:
 
     def averages(self, name: str) -> bool:
         """Whether a buffer is a running statistic: its new value counts by the share of samples, others in full."""
-        buffer = fetch(self.owner, name)
-        return any(fetch(self.owner, other) is buffer for other in self.statistics)
+        if name not in self._averaged:
+            buffer = fetch(self.owner, name)
+            self._averaged[name] = any(fetch(self.owner, other) is buffer for other in self.statistics)
+        return self._averaged[name]
 
     def prepared(self, inputs: Sequence[Tensor], batch: int) -> CompiledRegion | None:
         """The compiled form a call with these inputs runs, lowered now if need be; None where it runs as autograd."""
@@ -313,16 +316,12 @@ class RegionRunner:
         batch: int,
         layouts: tuple[bool, ...],
     ) -> CompiledRegion:
-        key = self._key(graph, inputs, batch, layouts)
         specs = self._specs(inputs, batch, layouts)
         frozen = not self.owner.training
-        return cache.find(key, batch, lambda: self.lower(specs, batch, graph.graph), frozen)
+        return cache.find(self._key(graph, specs), batch, lambda: self.lower(specs, batch, graph.graph), frozen)
 
-    def _key(
-        self, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int, layouts: tuple[bool, ...]
-    ) -> tuple[Any, ...]:
-        """Everything that a lowering of this call bakes in."""
-        specs = self._specs(inputs, batch, layouts)
+    def _key(self, graph: fx.GraphModule, specs: tuple[ValueSpec, ...]) -> tuple[Any, ...]:
+        """Everything that a lowering for these inputs bakes in."""
         frozen = not self.owner.training  # of its own in the key: a region that calls no module bakes in no mode
         return self.region.name, frozen, graph is self.frozen, specs, self._baked()
 
