@@ -43,6 +43,7 @@ CONFIGS: dict[str, e2pass.Config | str] = {
     "slu": "slu",
     "16 bits": e2pass.Config(smd=None, bits=e2pass.Bits(x=16, w=16)),
     "e2train": "e2train",
+    "bit-true": "bit-true",
 }
 
 
@@ -128,9 +129,11 @@ def vit_loss(output: Any, target: Tensor) -> Tensor:
 
 @contextmanager
 def other_kernels() -> Iterator[None]:
-    """PyTorch without oneDNN: what a sum in another order changes."""
+    """PyTorch without oneDNN and NNPACK: what a sum in another order changes."""
     torch._C._set_mkldnn_enabled(False)
+    torch._C._set_nnpack_enabled(False)
     try:
         yield
     finally:
+        torch._C._set_nnpack_enabled(True)
         torch._C._set_mkldnn_enabled(True)

@@ -3,10 +3,11 @@
     python -m benchmarks.psg_cifar --data cifar10_jpeg.npz --out runs/psg --run psg
     python -m benchmarks.psg_cifar --out runs/psg --table        # what is there, as the tables of docs/psg.md
 
-A run is ``fp32``, ``8bit``, ``signsgd`` (the sign of the full 8-bit gradient), ``psg``, or ``floor`` and ``truncate``,
-which are ``psg`` with other high bits. ``--out`` gets RUN.json, written after each epoch, and RUN.pt, from which a run
-that was stopped goes on. Data, augmentation and order of images are those of ``cifar.py``; seed, order and schedule are
-the same for all runs, and so is the learning rate, since signs have the mean magnitude of the gradient.
+A run is ``fp32``, ``8bit``, ``signsgd`` (the sign of the full 8-bit gradient), ``psg``, or ``psg`` with other high bits
+(``floor`` and ``truncate``) or with powers of two as scales (``bit-true``). ``--out`` gets RUN.json, written after each
+epoch, and RUN.pt, from which a run that was stopped goes on. Data, augmentation and order of images are those of
+``cifar.py``; seed, order and schedule are the same for all runs, and so is the learning rate, since signs have the mean
+magnitude of the gradient.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CONFIGS: dict[str, e2pass.Config | None] = {
     "fp32": None,
     "floor": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, msb="floor")),
     "truncate": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, msb="truncate")),
+    "bit-true": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True), bits=e2pass.Bits(bit_true=True)),
     "signsgd": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(x_bits=8, gy_bits=16, beta=0.0)),
 }
 

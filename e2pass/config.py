@@ -98,6 +98,9 @@ class Bits(_Section):
         w_scale: One scale for a weight ``tensor``, or one for each output ``channel``.
         rounding: To ``nearest`` even, or ``stochastic`` while training, from a generator of its own.
         seed: Seed of stochastic rounding; the state dict holds the step, so a resumed run rounds alike.
+        bit_true: Make the codes of the forward half independent of kernel, thread count, memory format and runtime:
+            scales are powers of two, biases are added behind products, norms, means and sums are taken in double
+            precision. Sums of products are then exact in float32 up to 2^24, so ``x + w`` may be 26 at most.
         exclude: Patterns of parameter names (as in a shell) whose products stay in full precision.
     """
 
@@ -108,7 +111,17 @@ class Bits(_Section):
     w_scale: Literal["tensor", "channel"] = "tensor"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = Field(0, ge=0, lt=2**31)
+    bit_true: bool = False
     exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _bit_true_products_are_exact(self) -> Bits:
+        if self.bit_true and self.x + self.w > 26:
+            raise ValueError(
+                f"Bits(bit_true=True) needs x + w of at most 26 bits, not {self.x} + {self.w}: products of wider codes "
+                "are not exact in float32"
+            )
+        return self
 
 
 class PSG(_Section):
@@ -168,6 +181,12 @@ class Config(_Section):
     compile: bool = False
 
     @model_validator(mode="after")
+    def _compiled_code_contracts(self) -> Config:
+        if self.compile and self.bits is not None and self.bits.bit_true:
+            raise ValueError("compile=True may contract products and sums, so it does not go with Bits(bit_true=True)")
+        return self
+
+    @model_validator(mode="after")
     def _psg_needs_bits(self) -> Config:
         if self.psg is not None and self.bits is None:
             raise ValueError("PSG predicts from integer codes and needs bits, e.g. bits=Bits(x=8, w=8, grad=16)")
@@ -181,6 +200,7 @@ class Config(_Section):
 
 PRESETS: dict[str, Config] = {
     "e2train": Config(),
+    "bit-true": Config(bits=Bits(bit_true=True)),
     "paper": Config(psg=PSG(scale="unit", stats=True)),
     "smd": Config(slu=None, psg=None, bits=None),
     "slu": Config(smd=None, psg=None, bits=None),

@@ -42,6 +42,8 @@ def psg_backend(psg: PSG | None = None, bits: Bits | None = None, *, compile: bo
     }.items():  # fmt: skip
         if value:
             raise ConfigError(f"{option} needs names or a state that psg_backend has not; use e2pass.transform")
+    if compile and bits.bit_true:
+        raise ConfigError("compile=True may contract products and sums, so it does not go with Bits(bit_true=True)")
     if compile:
         require_compiler()
 

@@ -21,6 +21,7 @@ from e2pass.lowering.joint import Joint
 from e2pass.lowering.products import Operand, Product, Role, find_products, output_axis, weight_gradients
 from e2pass.parameters import matching
 from e2pass.passes.base import Pass, PassResult
+from e2pass.passes.bit_true import exceeds, make_bit_true
 from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
 from e2pass.passes.saved_width import narrow_saved
 from e2pass.program import Program
@@ -48,12 +49,14 @@ class QuantizeJoint:
     excluded: frozenset[str] = frozenset()
 
     def __call__(self, joint: Joint, frozen: bool) -> None:
-        """Rewrite ``joint`` in place; ``notes["full_precision"]`` names the products that are left.
+        """Rewrite ``joint`` in place; its notes name the products that are left, and what is not bit-true.
 
         Args:
             joint: Joint graph as lowered.
             frozen: Activations use the running scales of the owner (evaluation) instead of the batch's own.
         """
+        if self.bits.bit_true:
+            make_bit_true(joint)
         targets = {p: g.target for g in weight_gradients(joint) for p in _sources(g.products)}
         rewriter = _Rewriter(joint, self.bits, frozen)
         left = joint.notes["full_precision"] = {}
@@ -65,9 +68,16 @@ class QuantizeJoint:
                 left[product.node.name] = f"product of {weights[0]}, which Bits.exclude names"
             else:
                 rewriter.rewrite(product)
+                if self.bits.bit_true and not product.backward:
+                    self._note_inexact(joint, product)
         rewriter.finish()
         if not frozen:
-            narrow_saved(joint, self.bits.norm_saved)
+            narrow_saved(joint, self.bits.norm_saved, self.bits.bit_true)
+
+    def _note_inexact(self, joint: Joint, product: Product) -> None:
+        reason = exceeds(product, self.bits.x, self.bits.w)
+        if reason is not None:
+            joint.notes["order_dependent"][product.node.name] = reason
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ class Quantize(Pass):
     w_scale: Literal["tensor", "channel"] = "tensor"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
+    bit_true: bool = False
     exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "quantize"
@@ -97,6 +108,8 @@ class Quantize(Pass):
             rewrite(joint, False)
             for product, reason in joint.notes["full_precision"].items():
                 diagnostics.info("E2P400", f"{name}/{product}", f"{reason}: stays in fp32")
+            for node, reason in joint.notes.get("order_dependent", {}).items():
+                diagnostics.info("E2P401", f"{name}/{node}", f"{reason}: codes behind it may differ between kernels")
         return PassResult(program, bool(program.lowered), diagnostics)
 
 
@@ -154,13 +167,18 @@ class _Rewriter:
     def _quantizer(self, operand: Operand, product: Product) -> tuple[Any, tuple[Any, ...]]:
         """The operator for an operand, and its arguments after the tensor and the width."""
         if self.frozen and operand.role is Role.X:
-            return e2.quantize_running.default, (self._running_scale(product),)
+            return e2.quantize_running.default, (self._running_scale(product), *self._power_of_two())
         per_channel = operand.role is Role.W and self.bits.w_scale == "channel"
         axis = output_axis(product, operand) if per_channel else None
         if self.bits.rounding == "stochastic" and not self.frozen:
             stream = zlib.crc32(f"{self.bits.seed} {self._scale_name(product)} {operand.role}".encode())
-            return e2.quantize_stochastic.default, (axis, self._step(), stream)
+            return e2.quantize_stochastic.default, (axis, self._step(), stream, *self._power_of_two())
+        if self.bits.bit_true:
+            return e2.quantize.default, (axis, True)
         return e2.quantize.default, () if axis is None else (axis,)
+
+    def _power_of_two(self) -> tuple[bool, ...]:
+        return (True,) if self.bits.bit_true else ()
 
     def _scale_name(self, product: Product) -> str:
         """Name of the quantizer, alike in training and evaluation: the weight it meets first, and which use of it."""

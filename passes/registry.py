@@ -90,7 +90,7 @@ def _make(name: str, text: str, given: Mapping[str, Any]) -> Pass:
 
 
 def _boolean(text: str) -> bool:
-    return {"True": True, "False": False}[text]
+    return {"true": True, "false": False}[text.lower()]
 
 
 _READERS: dict[Any, Callable[[str], Any]] = {float: float, int: int, str: str, bool: _boolean}

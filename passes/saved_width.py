@@ -28,17 +28,18 @@ _NORM_INPUT: dict[Any, int] = {
 }
 
 
-def narrow_saved(joint: Joint, norm_bits: int | None) -> None:
+def narrow_saved(joint: Joint, norm_bits: int | None, power_of_two: bool = False) -> None:
     """Rewrite ``joint`` in place.
 
     Args:
         joint: Joint graph of training, its products quantized.
         norm_bits: Width of the norm inputs that backward keeps; None leaves them in fp32.
+        power_of_two: Whether their scales are powers of two.
     """
     dependent = gradient_dependent(joint)
     for node in list(joint.graph.nodes):
         if node.target in _NORM_INPUT and norm_bits is not None:
-            _narrow_norm(joint.graph, node, norm_bits, dependent)
+            _narrow_norm(joint.graph, node, (norm_bits, *((None, True) if power_of_two else ())), dependent)
         elif node.target is aten.threshold_backward.default:
             _narrow_relu(joint.graph, node, dependent)
         elif node.target is aten.hardtanh_backward.default:
@@ -54,7 +55,8 @@ def _saved_only_by(value: Any, readers: Iterable[Any], dependent: set[fx.Node]) 
     return all(user.target in readers for user in value.users if user in dependent and user.op != "output")
 
 
-def _narrow_norm(graph: fx.Graph, norm: fx.Node, bits: int, dependent: set[fx.Node]) -> None:
+def _narrow_norm(graph: fx.Graph, norm: fx.Node, quantizer: tuple[Any, ...], dependent: set[fx.Node]) -> None:
+    """``quantizer``: the arguments of ``e2pass::quantize`` after the tensor, width first."""
     index = _NORM_INPUT[norm.target]
     value = norm.args[index]
     if not _saved_only_by(value, _NORM_INPUT, dependent):
@@ -62,12 +64,12 @@ def _narrow_norm(graph: fx.Graph, norm: fx.Node, bits: int, dependent: set[fx.No
     assert isinstance(value, fx.Node)
     tag: Any = {"tag": "bits.saved", "technique": Technique.BITS}
     with after(graph, value):
-        pair = tagged(graph, e2.quantize.default, value, bits, like=value, **tag)
-        codes, scale = unpack(graph, pair, (bits, None))
+        pair = tagged(graph, e2.quantize.default, value, *quantizer, like=value, **tag)
+        codes, scale = unpack(graph, pair, (quantizer[0], None))
     for node in (pair, codes, scale):
         node.meta["e2_half"] = FORWARD
     with graph.inserting_before(norm):
-        norm.update_arg(index, tagged(graph, e2.dequantize.default, codes, scale, like=norm, bits=bits, **tag))
+        norm.update_arg(index, tagged(graph, e2.dequantize.default, codes, scale, like=norm, bits=quantizer[0], **tag))
 
 
 def _narrow_relu(graph: fx.Graph, backward: fx.Node, dependent: set[fx.Node]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from e2pass.backends.onnx_export import pooling, resampling
+from e2pass.runtime import bit_true
 
 aten = torch.ops.aten
 
@@ -316,6 +317,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._embedding_bag_forward_only.default: mean_of_bags(aten._embedding_bag_forward_only.default),
     **pooling.TABLE,
     **resampling.TABLE,
+    **bit_true.DECOMPOSITIONS,
 }
 """Operators to their decompositions; they take precedence over torch's and over the exporter's translations."""
 

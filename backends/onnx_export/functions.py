@@ -31,6 +31,9 @@ _FIT = """
 """
 """The scale at which ``peak`` has the code ``limit``: 1 where all values are zero, NaN where one is infinite."""
 
+_POWERS = ", ".join(repr(2.0**exponent) for exponent in range(-126, 128))
+"""The normal powers of two of float32: looked up, since no operator takes a number apart, and logarithms round."""
+
 _TEXTS = (
     f"""
     OwnScale <limit: float> (x) => (scale) {{
@@ -55,6 +58,24 @@ _TEXTS = (
         own = e2pass.OwnScale <limit: float = @limit> (x)
         scale = Where(unseen, own, frozen)
     }
+    """,
+    f"""
+    NextPowerOfTwo (scale) => (power) {{
+        powers_ = Constant <value_floats = [{_POWERS}]> ()
+        powers = CastLike(powers_, scale)
+        last = Constant <value_ints = [-1]> ()
+        column = Unsqueeze(scale, last)
+        enough = GreaterOrEqual(powers, column)
+        zero_ = Constant <value_float = 0.0> ()
+        zero = CastLike(zero_, scale)
+        one_ = Constant <value_float = 1.0> ()
+        one = CastLike(one_, scale)
+        endless = Div(one, zero)
+        candidates = Where(enough, powers, endless)
+        least = ReduceMin <keepdims = 0> (candidates, last)
+        nothing = Sub(scale, scale)
+        power = Add(least, nothing)
+    }}
     """,
     """
     Encode <limit: float, to: int> (x, scale) => (codes) {

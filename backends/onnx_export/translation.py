@@ -21,22 +21,24 @@ from e2pass.runtime import ops  # registers torch.ops.e2pass
 op: Any = opset18
 
 
-def quantize(x: Any, bits: int, axis: int | None = None) -> tuple[Any, Any]:
+def quantize(x: Any, bits: int, axis: int | None = None, power_of_two: bool = False) -> tuple[Any, Any]:
     """Translate ``e2pass::quantize``: codes at the scale of the tensor itself, or of each entry along ``axis``."""
-    scale = _own_scale(x, bits, axis)
+    scale = _rounded_up(_own_scale(x, bits, axis), power_of_two)
     return _call("Encode", x, scale, limit=_limit(bits), to=_code_type(bits)), scale
 
 
-def quantize_stochastic(x: Any, bits: int, axis: int | None, step: Any, stream: int) -> tuple[Any, Any]:
+def quantize_stochastic(
+    x: Any, bits: int, axis: int | None, step: Any, stream: int, power_of_two: bool = False
+) -> tuple[Any, Any]:
     """Translate ``e2pass::quantize_stochastic``; the random numbers are the runtime's, not PyTorch's."""
     del step, stream
-    scale = _own_scale(x, bits, axis)
+    scale = _rounded_up(_own_scale(x, bits, axis), power_of_two)
     return _call("EncodeRandomly", x, scale, limit=_limit(bits), to=_code_type(bits)), scale
 
 
-def quantize_running(x: Any, bits: int, running: Any) -> tuple[Any, Any]:
+def quantize_running(x: Any, bits: int, running: Any, power_of_two: bool = False) -> tuple[Any, Any]:
     """Translate ``e2pass::quantize_running``: the frozen scale, and while that is 0 (nothing seen) the tensor's own."""
-    scale = _call("RunningScale", x, running, limit=_limit(bits))
+    scale = _rounded_up(_call("RunningScale", x, running, limit=_limit(bits)), power_of_two)
     return _call("Encode", x, scale, limit=_limit(bits), to=_code_type(bits)), scale
 
 
@@ -138,6 +140,10 @@ def _own_scale(x: Any, bits: int, axis: int | None) -> Any:
         raise ExportError("a quantizer with a scale for each channel meets a tensor of unknown rank")
     others = op.Constant(value_ints=[d for d in range(len(x.shape)) if d != axis % len(x.shape)])
     return _call("AxisScale", x, others, limit=_limit(bits))
+
+
+def _rounded_up(scale: Any, power_of_two: bool) -> Any:
+    return _call("NextPowerOfTwo", scale) if power_of_two else scale
 
 
 def _limit(bits: int) -> float:

@@ -31,23 +31,26 @@ def code_dtype(bits: int) -> torch.dtype:
     return torch.int8 if bits <= 8 else torch.int16
 
 
-def quantize(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, axis: int | None = None, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` to symmetric integer codes, rounding to nearest even.
 
     Args:
         x: Floating tensor of any shape.
         bits: Width of the codes, 2 to 16.
         axis: Dimension with a scale for each of its entries; None for one scale for the tensor.
+        power_of_two: Round scales up to powers of two.
 
     Returns:
         ``codes`` of the shape of ``x`` and ``scale`` in the dtype of ``x``, 0-d or with one dimension longer than 1;
         where all values are zero the scale is 1.
     """
-    scale = _scale(x, bits, axis)
+    scale = _scale(x, bits, axis, power_of_two)
     return _encode(x / scale, bits, saturate=False), scale
 
 
-def quantize_stochastic(x: Tensor, bits: int, axis: int | None, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def quantize_stochastic(
+    x: Tensor, bits: int, axis: int | None, step: Tensor, stream: int, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
     """Quantize as ``quantize``, but round up with the probability of the fraction, so that the mean is exact.
 
     Args:
@@ -56,11 +59,12 @@ def quantize_stochastic(x: Tensor, bits: int, axis: int | None, step: Tensor, st
         axis: As for ``quantize``.
         step: 0-d int64, number of the training step.
         stream: Number of the quantizer; with ``step`` it seeds a generator that no other random numbers come from.
+        power_of_two: As for ``quantize``.
 
     Returns:
         As ``quantize``.
     """
-    scale = _scale(x, bits, axis)
+    scale = _scale(x, bits, axis, power_of_two)
     noise = torch.ops.e2pass.uniform(x, step, stream)
     return _encode((noise + x / scale).floor_(), bits, saturate=True), scale
 
@@ -71,13 +75,25 @@ def uniform(x: Tensor, step: Tensor, stream: int) -> Tensor:
     return torch.empty_like(x).uniform_(generator=generator)
 
 
-def quantize_running(x: Tensor, bits: int, running: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_running(x: Tensor, bits: int, running: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` with the frozen 0-d scale ``running``, saturating; with its own scale while ``running`` is 0."""
-    scale = torch.where(running == _UNSEEN, _scale(x, bits, None), running.to(x.dtype))
+    scale = torch.where(running == _UNSEEN, _scale(x, bits, None, False), running.to(x.dtype))
+    scale = next_power_of_two(scale) if power_of_two else scale
     return _encode(x / scale, bits, saturate=True), scale
 
 
-def _scale(x: Tensor, bits: int, axis: int | None) -> Tensor:
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """The smallest power of two, of normal numbers, that is not less than ``scale``; NaN stays NaN.
+
+    Args:
+        scale: Positive, of any shape; beyond 2^127 the result is infinite.
+    """
+    mantissa, exponent = torch.frexp(scale.clamp_min(torch.finfo(scale.dtype).tiny))
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # frexp's mantissa is from 0.5 to 1
+    return torch.ldexp(torch.ones_like(scale), exponent) + (scale - scale)
+
+
+def _scale(x: Tensor, bits: int, axis: int | None, power_of_two: bool) -> Tensor:
     shape = [] if axis is None else [x.shape[d] if d == axis % x.dim() else 1 for d in range(x.dim())]
     if x.numel() == 0:
         return x.new_ones(shape)
@@ -88,7 +104,7 @@ def _scale(x: Tensor, bits: int, axis: int | None) -> Tensor:
         peak = x.abs().amax([d for d in range(x.dim()) if shape[d] == 1], keepdim=True).reshape(shape)
     scale = peak / limit
     result: Tensor = scale + (scale == 0) + (peak - peak)  # 1 for 0, and NaN for infinity
-    return result
+    return next_power_of_two(result) if power_of_two else result
 
 
 def _peak(x: Tensor) -> Tensor:
@@ -201,7 +217,7 @@ def agreement(g_msb: Tensor, g: Tensor, tau: Tensor, variance: Tensor | None = N
     return torch.stack([predicted.sum(), agree.sum(), everything, bound]).double()
 
 
-def _empty_codes(x: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+def _empty_codes(x: Tensor, bits: int, axis: int | None = None, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     shape = [] if axis is None else [x.shape[d] if d == axis % x.dim() else 1 for d in range(x.dim())]
     return torch.empty_like(x, dtype=code_dtype(bits)), x.new_empty(shape)
 
@@ -210,32 +226,44 @@ KERNELS: dict[Callable[..., object], Callable[..., object]] = {}
 """The Python function of each operator, for a compiler that wants to see into it."""
 
 
-def _define(schema: str, kernel: Callable[..., object], fake: object) -> None:
+def define(schema: str, kernel: Callable[..., object], fake: object, *, fusible: bool = True) -> None:
+    """Register an operator of the namespace ``e2pass``.
+
+    Args:
+        schema: Its name and types.
+        kernel: What computes it, on any device.
+        fake: What gives shapes and types of its results.
+        fusible: Whether ``Config(compile=True)`` may compile the kernel together with its neighbours.
+    """
     name = schema.split("(", maxsplit=1)[0]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"e2pass::{name}", fake, lib=_LIB)  # type: ignore[arg-type]
-    KERNELS[getattr(torch.ops.e2pass, name).default] = kernel
+    if fusible:
+        KERNELS[getattr(torch.ops.e2pass, name).default] = kernel
 
 
-_define("uniform(Tensor x, Tensor step, int stream) -> Tensor", uniform, lambda x, step, stream: torch.empty_like(x))
-_define("quantize(Tensor x, int bits, int? axis=None) -> (Tensor, Tensor)", quantize, _empty_codes)
-_define(
-    "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream) -> (Tensor, Tensor)",
+define("uniform(Tensor x, Tensor step, int stream) -> Tensor", uniform, lambda x, step, stream: torch.empty_like(x))
+define(
+    "quantize(Tensor x, int bits, int? axis=None, bool power_of_two=False) -> (Tensor, Tensor)", quantize, _empty_codes
+)
+define(
+    "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream, bool power_of_two=False) "
+    "-> (Tensor, Tensor)",
     quantize_stochastic,
-    lambda x, bits, axis, step, stream: _empty_codes(x, bits, axis),
+    lambda x, bits, axis, step, stream, power_of_two=False: _empty_codes(x, bits, axis),
 )
-_define(
-    "quantize_running(Tensor x, int bits, Tensor running) -> (Tensor, Tensor)",
+define(
+    "quantize_running(Tensor x, int bits, Tensor running, bool power_of_two=False) -> (Tensor, Tensor)",
     quantize_running,
-    lambda x, bits, running: _empty_codes(x, bits),
+    lambda x, bits, running, power_of_two=False: _empty_codes(x, bits),
 )
-_define(
+define(
     "dequantize(Tensor codes, Tensor scale) -> Tensor",
     dequantize,
     lambda codes, scale: torch.empty_like(codes, dtype=scale.dtype),
 )
-_define(
+define(
     'msb(Tensor codes, Tensor scale, int bits, int keep, str mode="round") -> (Tensor, Tensor)',
     msb,
     lambda codes, scale, bits, keep, mode="round": (
@@ -243,12 +271,12 @@ _define(
         torch.empty_like(scale),
     ),
 )
-_define("threshold(Tensor g_msb, float beta) -> Tensor", threshold, lambda g_msb, beta: g_msb.new_empty(()))
-_define("fixed_threshold(Tensor g_msb, float tau) -> Tensor", fixed_threshold, lambda g_msb, tau: g_msb.new_empty(()))
-_define("select(Tensor g_msb, Tensor g, Tensor tau) -> Tensor", select, lambda g_msb, g, tau: torch.empty_like(g))
-_define("sparsify(Tensor g_msb, Tensor tau) -> Tensor", sparsify, lambda g_msb, tau: torch.empty_like(g_msb))
-_define("sign(Tensor g) -> Tensor", sign, torch.empty_like)
-_define(
+define("threshold(Tensor g_msb, float beta) -> Tensor", threshold, lambda g_msb, beta: g_msb.new_empty(()))
+define("fixed_threshold(Tensor g_msb, float tau) -> Tensor", fixed_threshold, lambda g_msb, tau: g_msb.new_empty(()))
+define("select(Tensor g_msb, Tensor g, Tensor tau) -> Tensor", select, lambda g_msb, g, tau: torch.empty_like(g))
+define("sparsify(Tensor g_msb, Tensor tau) -> Tensor", sparsify, lambda g_msb, tau: torch.empty_like(g_msb))
+define("sign(Tensor g) -> Tensor", sign, torch.empty_like)
+define(
     "agreement(Tensor g_msb, Tensor g, Tensor tau, Tensor? variance=None) -> Tensor",
     agreement,
     lambda g_msb, g, tau, variance=None: g.new_empty((4,), dtype=torch.float64),

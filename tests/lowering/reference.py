@@ -29,7 +29,7 @@ class Coded:
         return self.codes.double() * self.scale
 
 
-def coded(x: Tensor, bits: int, axis: int | None = None) -> Coded:
+def coded(x: Tensor, bits: int, axis: int | None = None, *, power_of_two: bool = False) -> Coded:
     """Round to nearest even in the arithmetic of the definition: the scale and the quotient are float32."""
     limit = 2 ** (bits - 1) - 1
     x = x.detach()
@@ -39,6 +39,8 @@ def coded(x: Tensor, bits: int, axis: int | None = None) -> Coded:
         peak = x.abs().movedim(axis, 0).flatten(1).max(1).values
         peak = peak.reshape([-1 if d == axis else 1 for d in range(x.dim())])
     scale = torch.where(peak == 0, torch.ones_like(peak), peak / limit)
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale.double()))).float()
     quotient = (x / scale).double()
     low = torch.floor(quotient)
     odd = low.long() % 2 == 1

@@ -22,7 +22,7 @@ EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, suppress_h
 def options(draw: st.DrawFn) -> tuple[Bits, PSG]:
     bits = Bits(
         x=draw(st.sampled_from([8, 8, 4, 11])), w=draw(st.sampled_from([8, 5])), grad=draw(st.sampled_from([16, 8])),
-        w_scale=draw(st.sampled_from(["tensor", "channel"])),
+        w_scale=draw(st.sampled_from(["tensor", "channel"])), bit_true=draw(st.booleans()),
     )  # fmt: skip
     psg = PSG(
         x_bits=draw(st.sampled_from([4, 3, 2])), gy_bits=draw(st.sampled_from([8, 7])) if bits.grad == 8 else 10,
@@ -55,7 +55,9 @@ def test_a_layer_is_its_integer_reference(drawn: Drawn, choice: tuple[Bits, PSG]
     (bits, psg), f = choice, drawn.function
     weight, x, gy = tensors(drawn, seed)
     axis = drawn.out_axis if bits.w_scale == "channel" else None
-    xc, wc, gc = ref.coded(x, bits.x), ref.coded(weight, bits.w, axis), ref.coded(gy, bits.grad)
+    exact = bits.bit_true
+    xc, gc = ref.coded(x, bits.x, power_of_two=exact), ref.coded(gy, bits.grad, power_of_two=exact)
+    wc = ref.coded(weight, bits.w, axis, power_of_two=exact)
     xh = ref.high_part(xc, bits.x, min(psg.x_bits, bits.x), psg.msb)
     gh = ref.high_part(gc, bits.grad, min(psg.gy_bits, bits.grad), psg.msb)
 

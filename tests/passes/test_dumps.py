@@ -28,6 +28,7 @@ PIPELINES = {
     "insert_gates": FLAT,
     "lower": LOWERED,
     "quantize": f"{LOWERED},quantize",
+    "bit_true": f"{LOWERED},quantize{{bit_true=true}}",
     "predict_signs": f"{LOWERED},quantize,predict-signs",
 }
 

@@ -29,6 +29,7 @@ INPUT_BACKWARD = Alu(2, 2)
     "aten._batch_norm_with_update_functional",
     "aten.cudnn_batch_norm",
     "aten.miopen_batch_norm",
+    "e2pass.batch_norm",
 )
 def batch_norm(site: OpSite) -> Work:
     """Statistics over each channel, then normalisation: a second read unless a channel fits on the chip."""
@@ -61,7 +62,7 @@ def batch_norm_backward(site: OpSite) -> Work:
     return _backward(site, "batch norm backward: sums, then dX", x, rereads)
 
 
-@register_cost("aten.native_layer_norm", "aten._fused_rms_norm")
+@register_cost("aten.native_layer_norm", "aten._fused_rms_norm", "e2pass.layer_norm")
 def layer_norm(site: OpSite) -> Work:
     """Statistics over each row, then normalisation."""
     x = tensor(site, 0)
@@ -78,7 +79,7 @@ def layer_norm_backward(site: OpSite) -> Work:
     return _backward(site, "layer norm backward", x, (Reread(x.bytes, row, x.saved), Reread(gy.bytes, row)))
 
 
-@register_cost("aten.native_group_norm")
+@register_cost("aten.native_group_norm", "e2pass.group_norm")
 def group_norm(site: OpSite) -> Work:
     """Statistics over each sample's group of channels, then normalisation."""
     x, samples, groups = tensor(site, 0), site.args[3], site.args[6]

@@ -9,6 +9,8 @@ from e2pass.cost import OpSite
 
 ENCODE = Alu(3, 1)
 """Per element: scale, round, saturate both ways."""
+ENCODE_BY_SHIFT = Alu(4, 0)
+"""The same where the scale is a power of two."""
 PEAK = Alu(2, 0)
 """Per element: absolute value and running maximum."""
 SELECT = Alu(3, 0)
@@ -22,7 +24,7 @@ def quantize(site: OpSite) -> Work:
     return stream(
         site,
         "quantize: max|x|, then encode",
-        PEAK.plus(ENCODE),
+        PEAK.plus(_encode(site)),
         elements=x.numel,
         reads=(x,),
         rereads=(Reread(x.bytes, x.bytes, x.saved),),
@@ -36,7 +38,7 @@ def quantize_stochastic(site: OpSite) -> Work:
     return stream(
         site,
         "quantize: max|x|, then encode with random rounding",
-        PEAK.plus(ENCODE).plus(Alu(3, 0)),
+        PEAK.plus(_encode(site)).plus(Alu(3, 0)),
         elements=x.numel,
         reads=(x,),
         rereads=(Reread(x.bytes, x.bytes),),
@@ -47,7 +49,7 @@ def quantize_stochastic(site: OpSite) -> Work:
 def quantize_running(site: OpSite) -> Work:
     """The scale is known beforehand: one pass."""
     x = tensor(site, 0)
-    return stream(site, "quantize with a known scale", ENCODE, elements=x.numel, reads=(x,))
+    return stream(site, "quantize with a known scale", _encode(site), elements=x.numel, reads=(x,))
 
 
 @register_cost("e2pass.msb")
@@ -79,3 +81,8 @@ def sparsify(site: OpSite) -> Work:
 def sign(site: OpSite) -> Work:
     """The sign bit and a test for zero per weight."""
     return stream(site, "sign", Alu(1, 0))
+
+
+def _encode(site: OpSite) -> Alu:
+    """``power_of_two`` is the only bool of these schemas."""
+    return ENCODE_BY_SHIFT if True in [a for a in site.args if isinstance(a, bool)] else ENCODE

@@ -32,7 +32,7 @@ PER_RESULT: dict[str, Alu] = {
 """Operations per element of the result, on top."""
 
 
-@register_cost(*(f"aten.{name}" for name in PER_INPUT))
+@register_cost(*(f"aten.{name}" for name in PER_INPUT), "e2pass.mean", "e2pass.sum")
 def reduction(site: OpSite) -> Work:
     """So many operations per input element, and those that finish each result."""
     name = site.op.split(".")[1]

@@ -110,6 +110,15 @@ def test_outputs_equal_the_models_that_skips(exported: tuple[Transformed, Tensor
     assert check_inference(path, t, chosen) <= TOLERANCE
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["skipping", "masked"])
+def test_bit_true_outputs_are_pytorchs_to_the_bit(masked: bool, tmp_path: Path) -> None:
+    t, samples = transformed_resnet("bit-true")
+    path = export_inference(t, samples[:4], tmp_path / "model.onnx", masked=masked)
+    assert check_inference(path, t, samples) == 0.0
+    shares = decisions(t, (samples,))
+    assert ((shares > 0) & (shares < 1)).all()
+
+
 def test_gates_are_part_of_the_file(exported: tuple[Transformed, Tensor, Path]) -> None:
     """Closing all gates in torch gives other outputs than the file: it does not hold the ungated model."""
     t, samples, path = exported

@@ -25,7 +25,6 @@ from e2pass.transformed import Transformed
 from tests.zoo import Residual, vector_net, vector_residual
 
 BATCH = 32
-NARROW = e2pass.Config(smd=None, bits=e2pass.Bits(x=16, w=16), psg=e2pass.PSG(x_bits=8, gy_bits=14))
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -91,61 +90,41 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def signs(digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """ResNet-8 with gates, low precision and predicted signs.
+    """ResNet-8 with gates, low precision and predicted signs; both find the same codes in forward.
 
-    Codes of 8 bits would tell nothing: a sum in another order moves an activation to the next code, and 2 % of the
-    signs differ, between PyTorch with oneDNN and without it too (benchmarks/onnx_training.py).
+    Else these would tell nothing: a sum in another order moves an activation to the next code, everything behind it
+    follows, and a part of the signs differs, between PyTorch's own kernels too (docs/export.md).
     """
     torch.manual_seed(0)
     images, labels = digits
-    t = e2pass.transform(e2pass.models.resnet(8), images[:BATCH], config=NARROW)
+    t = e2pass.transform(e2pass.models.resnet(8), images[:BATCH], config="bit-true")
     opt = torch.optim.SGD(t.param_groups(0.05, weight_decay=1e-4), lr=0.05, momentum=0.9)
     path = tmp_path_factory.mktemp("step") / "step.onnx"
     assert export_training(t, images[:BATCH], labels[:BATCH], path, optimizer=opt, gradients=True) == path
     return Pair(t, opt, path)
 
 
-def signs_without_onednn(t: Transformed, x: Tensor, y: Tensor) -> Arrays:
-    """Signs from the same state by PyTorch's other kernels, which sum in another order."""
-    twin = copy.deepcopy(t.model).train()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        functional.cross_entropy(twin(x), y).backward()
-    finally:
-        torch._C._set_mkldnn_enabled(True)
-    return {name: np.sign(p.grad.numpy()) for name, p in twin.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.slow
 def test_each_step_from_pytorchs_state(signs: Pair, digits: tuple[Tensor, Tensor]) -> None:
-    """20 steps: no more signs differ than between PyTorch's own kernels; what is not signed agrees but for ties."""
+    """20 steps: at least 99.9 % of the signs of each are equal, and so is, but for averaging, what forward found."""
     images, labels = digits
-    equal = own = total = 0
     entered = []
     for step in range(20):
         batch = slice(BATCH * step, BATCH * (step + 1))
         before = signs.state()
         found = signs.onnx_step(images[batch], labels[batch], before)
-        other = signs_without_onednn(signs.t, images[batch], labels[batch])
         loss = signs.torch_step(images[batch], labels[batch])
-        assert float(found["loss"]) == pytest.approx(loss, rel=2e-5)
-        flipped = set()
+        assert float(found["loss"]) == pytest.approx(loss, rel=1e-6)
+        equal = total = 0
         for name, p in signs.t.model.named_parameters():
-            if p.grad is None:
-                continue
-            same = np.sign(found[f"grad.{name}"]) == np.sign(p.grad.numpy())
-            equal, total = equal + int(same.sum()), total + same.size
-            own += int((other[name] == np.sign(p.grad.numpy())).sum())
-            if not same.all():
-                flipped.add(name)
-        for name, difference in signs.differences(found).items():
-            owner = name.removesuffix(".momentum_buffer")
-            if owner not in flipped and not name.startswith("e2_slu"):
-                # Ties among the codes reach what is not signed too: parameters of norms by a little, all else less.
-                assert difference < (1e-3 if "running" in name or "e2_scales" in name else 0.1), name
+            if p.grad is not None:
+                same = np.sign(found[f"grad.{name}"]) == np.sign(p.grad.numpy())
+                equal, total = equal + int(same.sum()), total + same.size
+        assert equal / total >= 0.999
+        for name, value in signs.state().items():
+            if "running" in name or "e2_scales" in name:  # averages of powers of two: another one would show
+                np.testing.assert_allclose(found[f"next.{name}"], value, rtol=1e-6, atol=1e-7)
         entered.append(found["next.e2_slu.opened"] - before["e2_slu.opened"])
-    assert equal / total >= 0.998
-    assert total - equal <= 2 * (total - own) + 1e-4 * total
     shares = np.stack(entered) / BATCH
     assert ((shares > 0) & (shares < 1)).any(0).all(), "gates that decide alike for all samples would prove nothing"
 
@@ -163,7 +142,7 @@ def free_epoch(pair: Pair, images: Tensor, labels: Tensor) -> tuple[list[float],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["slu", NARROW], ids=["slu", "signs"])
+@pytest.mark.parametrize("config", ["slu", "bit-true"], ids=["slu", "signs"])
 def test_a_free_epoch_ends_at_the_same_loss(config: Any, digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     """From weights of two epochs: in the first, rounding alone parts PyTorch's own kernels by a tenth."""
     torch.manual_seed(0)
@@ -188,7 +167,7 @@ def test_a_step_whose_regions_are_lowered_while_it_is_traced(digits: tuple[Tenso
     try:
         for enabled in (True, False):
             torch._C._set_mkldnn_enabled(enabled)
-            t = e2pass.transform(e2pass.models.resnet(8), images, config=NARROW)
+            t = e2pass.transform(e2pass.models.resnet(8), images, config="bit-true")
             opt = torch.optim.SGD(t.param_groups(0.05), lr=0.05)
             torch_step(t, opt, images, labels)
             pair = Pair(t, opt, export_training(t, images, labels, tmp_path / "step.onnx", optimizer=opt))

@@ -1,0 +1,162 @@
+"""A forward half whose codes do not depend on the order in which a kernel adds up (``Bits(bit_true=True)``).
+
+With powers of two as scales, a product of codes is an integer times a power of two, and sums of such are exact in
+float32 up to 2^24 of that unit, in any order. What would spoil this is rewritten here: biases are added behind the
+product, and norms, means and sums are taken in double precision. What stays dependent on order, or is rounded by a
+library's own function, is named.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from e2pass.cost import Technique
+from e2pass.lowering.canonical import call
+from e2pass.lowering.joint import Joint
+from e2pass.lowering.products import Product, Role, gradient_dependent
+from e2pass.passes.joint_rewrite import after, tagged
+from e2pass.runtime import bit_true  # noqa: F401  defines its operators
+
+aten = torch.ops.aten
+e2 = torch.ops.e2pass
+
+_NORMS: dict[Any, Any] = {
+    aten._native_batch_norm_legit_functional.default: e2.batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default: e2.batch_norm.default,
+    aten.native_layer_norm.default: e2.layer_norm.default,
+    aten.native_group_norm.default: e2.group_norm.default,
+}
+_SUMS: dict[Any, Any] = {
+    aten.mean.default: e2.mean.default,
+    aten.mean.dim: e2.mean.default,
+    aten.sum.default: e2.sum.default,
+    aten.sum.dim_IntList: e2.sum.default,
+}
+_ORDERED = frozenset({"max", "min", "amax", "amin", "aminmax", "argmax", "argmin", "any", "all"})
+"""Reductions that give the same in any order."""
+_OWN_SUMS = frozenset(
+    {
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
+        *("upsample_bilinear2d", "upsample_bicubic2d", "_softmax", "_log_softmax", "_fused_rms_norm", "cumsum"),
+        *("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "scatter_add", "index_add"),
+    }
+)
+"""Operators that add in an order of their own and have no exact form here."""
+_LIBRARY = frozenset(
+    {
+        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "pow", "rsqrt", "sin", "cos", "tan"),
+        *("gelu", "silu", "sigmoid", "tanh", "mish", "softplus", "elu", "log_sigmoid_forward"),
+    }
+)
+"""Functions whose last bit is that of the library which computes them."""
+
+MANTISSA = 24
+"""Bits of integers that float32 holds exactly."""
+
+
+def make_bit_true(joint: Joint) -> None:
+    """Rewrite the forward half of ``joint`` in place; ``notes["order_dependent"]`` names what is left, with reasons."""
+    left = joint.notes["order_dependent"] = {}
+    dependent = gradient_dependent(joint)
+    for node in [n for n in joint.graph.nodes if n.op == "call_function" and n not in dependent]:
+        if node.target in _NORMS:
+            _replace_norm(node)
+        elif node.target in _SUMS and node.args[0].meta["val"].is_floating_point() and not node.kwargs:
+            _replace_sum(node)
+        elif node.target is aten.convolution.default and node.args[2] is not None:
+            _split_convolution(joint.graph, node)
+        elif node.target is aten.addmm.default and not node.kwargs:
+            _split_addmm(joint.graph, node)
+        elif (reason := _order_dependent(node)) is not None:
+            left[node.name] = reason
+    joint.graph.lint()
+    joint.graph_module.recompile()
+
+
+def exceeds(product: Product, x_bits: int, w_bits: int) -> str | None:
+    """Why the sums of a forward product may not be exact, or None."""
+    weight = next(o for o in product.operands if o.role is Role.W)
+    args: Any = product.node.args
+    shape = args[weight.index].meta["val"].shape
+    if product.node.target is not aten.convolution.default:
+        terms = int(shape[-2] if weight.index == max(o.index for o in product.operands) else shape[-1])
+    elif args[6]:
+        terms = math.prod(shape) // shape[1] // args[8]
+    else:
+        terms = math.prod(shape[1:])
+    largest = terms * (2 ** (x_bits - 1) - 1) * (2 ** (w_bits - 1) - 1)
+    if largest <= 2**MANTISSA:
+        return None
+    return (
+        f"{terms} products of {x_bits} and {w_bits} bits can sum up to 2^{math.log2(largest):.1f}, and float32 is "
+        f"exact to 2^{MANTISSA}"
+    )
+
+
+def _replace_norm(node: fx.Node) -> None:
+    args = node.args
+    if node.target is aten._native_batch_norm_legit_no_training.default:
+        args = (*args[:5], False, *args[5:])
+    _become(node, _NORMS[node.target], args)
+
+
+def _replace_sum(node: fx.Node) -> None:
+    args: Any = node.args
+    dims = args[1] if len(args) > 1 and args[1] else list(range(args[0].meta["val"].dim()))
+    _become(node, _SUMS[node.target], (args[0], dims, *args[2:]))
+
+
+def _become(node: fx.Node, target: Any, args: Any) -> None:
+    """Values are propagated anew: the layout, and results that nobody reads, may differ."""
+    node.target, node.args = target, args
+    node._rename(target.__name__.partition(".")[0])
+    node.meta.update(e2_tag="bits.exact", e2_technique=Technique.BITS)
+    values: Any = fx.node.map_arg(args, lambda n: n.meta["val"])
+    with values[0].fake_mode:
+        node.meta["val"] = target(*values)
+    for item in node.users:
+        if item.target is operator.getitem:
+            item.meta["val"] = node.meta["val"][item.args[1]]
+
+
+def _split_convolution(graph: fx.Graph, node: fx.Node) -> None:
+    bias: Any = node.args[2]
+    node.update_arg(2, None)
+    shape = [1, -1, *[1] * (node.meta["val"].dim() - 2)]
+    with after(graph, node):
+        column = _exact(graph, aten.view.default, bias, shape, like=node)
+        added = _exact(graph, aten.add.Tensor, node, column, like=node)
+    node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+
+
+def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
+    bias, a, b = node.args
+    with graph.inserting_before(node):
+        product = call(graph, aten.mm.default, a, b, like=node)
+        added = _exact(graph, aten.add.Tensor, product, bias, like=node)
+    node.replace_all_uses_with(added)
+    graph.erase_node(node)
+
+
+def _exact(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    return tagged(graph, target, *args, like=like, tag="bits.exact", technique=Technique.BITS)
+
+
+def _order_dependent(node: fx.Node) -> str | None:
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        return None
+    target: Any = node.target
+    name = target.__name__.partition(".")[0]
+    reduces = torch.Tag.reduction in getattr(target, "tags", ()) and name not in _ORDERED
+    if name in _OWN_SUMS or reduces:
+        return f"{name} adds in an order of the kernel's own"
+    if name in _LIBRARY:
+        return f"{name} is rounded as the library at hand rounds it"
+    return None
