@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import e2pass
-from benchmarks.onnx_pair import CONFIGS, MODELS, session, vit_loss
+from benchmarks.onnx_pair import PRESETS, MODELS, session, vit_loss
 from e2pass.backends.onnx_export import export_inference
 from e2pass.demo.data import load_digits
 from e2pass.plan import Skip
@@ -31,7 +31,6 @@ from e2pass.report import save
 from e2pass.transformed import Transformed
 
 BATCHES = (1, 7, 64)
-PRESETS = ("slu", "e2train", "bit-true")
 TRAIN_STEPS = 40
 SETTLE = 60
 """Forward passes in training mode without an update: running statistics and the price of energy settle."""
@@ -48,7 +47,7 @@ class Case:
         self.test = digits.test.tensors[0]
         self.key = "pixel_values" if model == "vit" else None
         loss = vit_loss if model == "vit" else nn.functional.cross_entropy
-        config = e2pass.config.resolve(CONFIGS[preset]).model_copy(update={"smd": None})
+        config = e2pass.config.resolve(preset).model_copy(update={"smd": None})
         self.t: Transformed = e2pass.transform(MODELS[model](), self.inputs(self.images[:32]), config=config)
         optimizer = torch.optim.SGD(self.t.param_groups(0.02), lr=0.02, momentum=0.9)
         for step in range(TRAIN_STEPS):

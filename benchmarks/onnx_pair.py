@@ -39,12 +39,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": e2pass.models.mobilenet_v2,
     "vit": small_vit,
 }
-CONFIGS: dict[str, e2pass.Config | str] = {
-    "slu": "slu",
-    "16 bits": e2pass.Config(smd=None, bits=e2pass.Bits(x=16, w=16)),
-    "e2train": "e2train",
-    "bit-true": "bit-true",
-}
+PRESETS = ("slu", "e2train", "bit-true")
+"""Presets."""
 
 
 class Pair:
@@ -57,7 +53,7 @@ class Pair:
         self.test = digits.test.tensors
         self.key = "pixel_values" if model == "vit" else "x"
         example = self.inputs(self.x[:BATCH])
-        self.t = e2pass.transform(MODELS[model](), example, config=CONFIGS[preset])
+        self.t = e2pass.transform(MODELS[model](), example, config=preset)
         self.opt = torch.optim.SGD(self.t.param_groups(LR), lr=LR, momentum=0.9)
         self.loss = vit_loss if model == "vit" else functional.cross_entropy
         start = time.process_time()

@@ -266,6 +266,8 @@ class Agreement:
             largest value that the scale has codes for.
         value_difference: The largest difference of any other value from the exact one, relative to ``Exact.peak``.
         worst: Where that is.
+        apart: Of ``signs``, those that are other ones in a step that onnxruntime took with codes of its own.
+        apart_from_tie: The largest distance of these from a tie, relative to the tensor's largest gradient.
     """
 
     signs: int = 0
@@ -279,9 +281,16 @@ class Agreement:
     flip_distance: float = 0.0
     value_difference: float = 0.0
     worst: str = ""
+    apart: int = 0
+    apart_from_tie: float = 0.0
 
-    def add(self, name: str, record: Recorded, found: Cut, results: Sequence[Tensor]) -> None:
-        """Compare one half's results in onnxruntime with PyTorch's and with the exact ones."""
+    def add(
+        self, name: str, record: Recorded, found: Cut, results: Sequence[Tensor], free: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compare one half's results in onnxruntime with PyTorch's and with the exact ones.
+
+        ``free`` are the gradients of a step that onnxruntime took with codes of its own, by parameter.
+        """
         exact = Exact(found, record)
         nodes: Any = found.module.graph.output_node().args[0]
         n = len(found.outputs)
@@ -289,6 +298,9 @@ class Agreement:
             bounds = exact.bounds(node)
             if bounds is not None:
                 self._signs(result, record.results[position], *bounds)
+                kind, key = record.keys[position]
+                if free is not None and kind == "grad" and key[1] in free:
+                    self._apart(torch.from_numpy(free[key[1]]), record.results[position], *bounds[:3])
             else:
                 self._value(f"{name} {node.name}", result, true, exact.peak(node))
         quantizers = [m for m in found.module.graph.nodes if is_quantizer(m)]
@@ -322,6 +334,14 @@ class Agreement:
             self.beyond += int((tie[wrong] > 1).sum())
             self.nearest_tie = max(self.nearest_tie, float(tie[wrong].max()))
 
+    def _apart(self, free: Tensor, torchs: Tensor, predicted: Tensor, full: Tensor, tau: Tensor) -> None:
+        other = free.sign() != torchs.sign()
+        if other.any():
+            chosen = torch.where(predicted.abs() >= tau, predicted, full).abs()
+            tie = torch.minimum(chosen, (predicted.abs() - tau).abs()) / full.abs().max()
+            self.apart += int(other.sum())
+            self.apart_from_tie = max(self.apart_from_tie, float(tie[other].max()))
+
     def _value(self, name: str, result: Tensor, true: Tensor, peak: float) -> None:
         if result.numel() == 0 or not result.is_floating_point():
             return
@@ -348,10 +368,10 @@ class Checker:
         self.halves: dict[str, HalfInOnnx] = {}
         self.found = Agreement()
 
-    def add(self, records: Mapping[str, Recorded]) -> None:
-        """Compare the halves of one step."""
+    def add(self, records: Mapping[str, Recorded], free: Mapping[str, Any] | None = None) -> None:
+        """Compare the halves of one step; ``free`` as for ``Agreement.add``."""
         for name, record in records.items():
             if name not in self.halves:
                 self.halves[name] = HalfInOnnx(record, self.folder / f"{name.replace('/', '_')}.onnx")
             half = self.halves[name]
-            self.found.add(name, record, half.cut, half(record))
+            self.found.add(name, record, half.cut, half(record), free)
