@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import e2pass
-from benchmarks.onnx_pair import PRESETS, MODELS, session, vit_loss
+from benchmarks.onnx_pair import MODELS, PRESETS, session, vit_loss
 from e2pass.backends.onnx_export import export_inference
 from e2pass.demo.data import load_digits
 from e2pass.plan import Skip

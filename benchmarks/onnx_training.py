@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.onnx_pair import BATCH, PRESETS, MODELS, Pair, other_kernels
+from benchmarks.onnx_pair import BATCH, MODELS, PRESETS, Pair, other_kernels
 from benchmarks.onnx_steps import steps
 from e2pass.report import save
 
