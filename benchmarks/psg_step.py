@@ -59,6 +59,7 @@ def variants(depth: int, batch: int, compiled: bool) -> dict[str, Step]:
         "8 bits": e2pass.Config(smd=None, slu=None, psg=None),
         "psg": e2pass.Config(smd=None, slu=None, psg=silent),
         "psg, fp32 norm inputs": e2pass.Config(smd=None, slu=None, psg=silent, bits=e2pass.Bits(norm_saved=None)),
+        "psg, bit-true": e2pass.Config(smd=None, slu=None, psg=silent, bits=e2pass.Bits(bit_true=True)),
         "psg, counting": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True)),
         "psg, counting, bound": e2pass.Config(smd=None, slu=None, psg=e2pass.PSG(stats=True, bound=True)),
     }

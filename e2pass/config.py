@@ -200,7 +200,6 @@ class Config(_Section):
 
 PRESETS: dict[str, Config] = {
     "e2train": Config(),
-    "bit-true": Config(bits=Bits(bit_true=True)),
     "paper": Config(psg=PSG(scale="unit", stats=True)),
     "smd": Config(slu=None, psg=None, bits=None),
     "slu": Config(smd=None, psg=None, bits=None),
@@ -208,6 +207,7 @@ PRESETS: dict[str, Config] = {
     "signsgd": Config(smd=None, slu=None, psg=PSG(x_bits=8, gy_bits=16, beta=0.0, scale="unit", stats=True)),
     "8bit": Config(smd=None, slu=None, psg=None),
     "neutral": Config(smd=None, slu=SLU(gate="open"), psg=None, bits=None),
+    "bit-true": Config(bits=Bits(bit_true=True)),
 }
 
 

@@ -68,6 +68,8 @@ def make_bit_true(joint: Joint) -> None:
             _replace_norm(node)
         elif node.target in _SUMS and node.args[0].meta["val"].is_floating_point() and not node.kwargs:
             _replace_sum(node)
+        elif node.target is aten.avg_pool2d.default and _is_global(node):
+            _become(node, e2.mean.default, (node.args[0], [2, 3], True))
         elif node.target is aten.convolution.default and node.args[2] is not None:
             _split_convolution(joint.graph, node)
         elif node.target is aten.addmm.default and not node.kwargs:
@@ -109,6 +111,15 @@ def _replace_sum(node: fx.Node) -> None:
     args: Any = node.args
     dims = args[1] if len(args) > 1 and args[1] else list(range(args[0].meta["val"].dim()))
     _become(node, _SUMS[node.target], (args[0], dims, *args[2:]))
+
+
+def _is_global(pool: fx.Node) -> bool:
+    """Whether there is one window, the whole map of (N, C, H, W)."""
+    x, kernel, *rest = pool.args
+    padding: Any = rest[1] if len(rest) > 1 else [0, 0]
+    divisor = rest[4] if len(rest) > 4 else None
+    value: Any = x.meta["val"]  # type: ignore[union-attr]
+    return value.dim() == 4 and list(value.shape[2:]) == list(kernel) and not any(padding) and divisor is None  # type: ignore[arg-type]
 
 
 def _become(node: fx.Node, target: Any, args: Any) -> None:

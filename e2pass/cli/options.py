@@ -22,7 +22,7 @@ Input = Annotated[
 BoardName = Annotated[str, typer.Option("--board", "-b", help="Name of a shipped board, or path of a board file")]
 
 
-PRESETS = ("e2train", "bit-true", "paper", "smd", "slu", "psg", "signsgd", "8bit", "neutral")
+PRESETS = ("e2train", "paper", "smd", "slu", "psg", "signsgd", "8bit", "neutral", "bit-true")
 """Those of ``e2pass.PRESETS``, which would take torch to import."""
 Preset = Annotated[str, typer.Option("--config", help=f"Preset to transform with: {' | '.join(PRESETS)}")]
 
