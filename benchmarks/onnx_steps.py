@@ -107,6 +107,7 @@ class FullPrecision:
         self.distances: list[float] = []
         self.signs, self.equal, self.worst_step = 0, 0, 1.0
         self.worst: dict[str, float] = {}
+        self.worst_on_own_sides: dict[str, float] = {}
         self.mismatches = Mismatches()
 
     def step(self, where: Any) -> tuple[Arrays, float]:
@@ -122,7 +123,9 @@ class FullPrecision:
             self.distances += given.distances
             raise_to(self.worst, differences(self.pair, found))
             self.count(found, gradients(self.pair.t.model), double)
-        return found, self.pair.torch_step(where)
+        loss = self.pair.torch_step(where)
+        raise_to(self.worst_on_own_sides, differences(self.pair, found))
+        return found, loss
 
     def count(self, found: Arrays, single: Arrays, double: Arrays) -> None:
         same = sum(int((np.sign(found[f"grad.{n}"]) == np.sign(g)).sum()) for n, g in single.items())
@@ -135,6 +138,7 @@ class FullPrecision:
         return {
             "activations_on_another_side": len(self.distances),
             "their_distance_of_peak": max(self.distances, default=0.0),
+            "differences": self.worst_on_own_sides,
             "given_sides": {
                 "equal_share": self.equal / self.signs,
                 "equal_share_worst_step": self.worst_step,
@@ -275,7 +279,10 @@ ZERO_GRADIENT = "e2_slu.head.bias"
 
 
 def differences(pair: Pair, found: Arrays) -> dict[str, float]:
-    """The largest difference of parameters, of momenta, and of buffers, relative to each tensor's largest element."""
+    """The largest difference of parameters, of momenta, and of buffers, relative to each tensor's largest element.
+
+    Of parameters the absolute one too.
+    """
     parameters = dict(pair.t.model.named_parameters())
     worst: dict[str, float] = {}
     for name, value in training_state(pair.t, pair.opt).items():
@@ -287,8 +294,10 @@ def differences(pair: Pair, found: Arrays) -> dict[str, float]:
             scale = 1.0
         else:
             scale = max(float(value.abs().max()), 1e-3)
-        difference = float(np.abs(found[f"next.{name}"] - value.numpy()).max()) / scale
-        worst[kind] = max(worst.get(kind, 0.0), difference)
+        difference = float(np.abs(found[f"next.{name}"] - value.numpy()).max())
+        raise_to(worst, {kind: difference / scale})
+        if kind == "parameters":
+            raise_to(worst, {"parameters, absolute": difference})
     return worst
 
 

@@ -27,6 +27,7 @@ e2 = torch.ops.e2pass
 
 _NORMS: dict[Any, Any] = {
     aten._native_batch_norm_legit_functional.default: e2.batch_norm.default,
+    aten._native_batch_norm_legit.no_stats: e2.batch_norm.default,
     aten._native_batch_norm_legit_no_training.default: e2.batch_norm.default,
     aten.native_layer_norm.default: e2.layer_norm.default,
     aten.native_group_norm.default: e2.group_norm.default,
@@ -37,23 +38,28 @@ _SUMS: dict[Any, Any] = {
     aten.sum.default: e2.sum.default,
     aten.sum.dim_IntList: e2.sum.default,
 }
-_ORDERED = frozenset({"max", "min", "amax", "amin", "aminmax", "argmax", "argmin", "any", "all"})
-"""Reductions that give the same in any order."""
-_OWN_SUMS = frozenset(
+_EXACT = frozenset(
     {
-        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
-        *("upsample_bilinear2d", "upsample_bicubic2d", "_softmax", "_log_softmax", "_fused_rms_norm", "cumsum"),
-        *("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "scatter_add", "index_add"),
+        *("max", "min", "amax", "amin", "aminmax", "argmax", "argmin", "any", "all", "sort", "topk", "native_dropout"),
+        *("max_pool2d_with_indices", "max_pool3d_with_indices", "_adaptive_max_pool2d", "adaptive_max_pool2d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pixel_shuffle", "pixel_unshuffle"),
+        *("clone", "_to_copy", "copy", "lift_fresh_copy", "contiguous", "reshape", "_unsafe_view", "cat", "stack"),
+        *("index", "_unsafe_index", "index_select", "gather", "embedding", "scatter", "index_copy", "slice_scatter"),
+        *("select_scatter", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "repeat"),
+        *("flip", "roll", "tril", "triu", "full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "empty"),
+        *("empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "arange", "scalar_tensor", "getitem"),
+        *("convolution", "mm", "bmm"),
     }
 )
-"""Operators that add in an order of their own and have no exact form here."""
+"""What moves or chooses elements, or is looked at elsewhere (products); views and element-wise operators come to it."""
 _LIBRARY = frozenset(
     {
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "pow", "rsqrt", "sin", "cos", "tan"),
-        *("gelu", "silu", "sigmoid", "tanh", "mish", "softplus", "elu", "log_sigmoid_forward"),
+        *("gelu", "silu", "sigmoid", "tanh", "mish", "softplus", "elu", "celu", "selu", "log_sigmoid_forward", "atan"),
+        *("hardswish", "hardsigmoid", "addcmul", "addcdiv", "lerp", "logit", "xlogy", "sinh", "cosh", "asin", "acos"),
     }
 )
-"""Functions whose last bit is that of the library which computes them."""
+"""Element-wise functions that libraries approximate, or may contract, each in a way of its own."""
 
 MANTISSA = 24
 """Bits of integers that float32 holds exactly."""
@@ -102,7 +108,9 @@ def exceeds(product: Product, x_bits: int, w_bits: int) -> str | None:
 
 def _replace_norm(node: fx.Node) -> None:
     args = node.args
-    if node.target is aten._native_batch_norm_legit_no_training.default:
+    if node.target is aten._native_batch_norm_legit.no_stats:
+        args = (*args[:3], None, None, *args[3:])
+    elif node.target is aten._native_batch_norm_legit_no_training.default:
         args = (*args[:5], False, *args[5:])
     _become(node, _NORMS[node.target], args)
 
@@ -159,15 +167,14 @@ def _exact(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
 
 
 def _order_dependent(node: fx.Node) -> str | None:
-    value = node.meta.get("val")
+    value, target = node.meta.get("val"), node.target
     first = value[0] if isinstance(value, tuple | list) and value else value
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         return None
-    target: Any = node.target
-    name = target.__name__.partition(".")[0]
-    reduces = torch.Tag.reduction in getattr(target, "tags", ()) and name not in _ORDERED
-    if name in _OWN_SUMS or reduces:
-        return f"{name} adds in an order of the kernel's own"
-    if name in _LIBRARY:
+    name = target.__name__.partition(".")[0]  # type: ignore[union-attr]
+    scaled = name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) != 1
+    if name in _LIBRARY or scaled:
         return f"{name} is rounded as the library at hand rounds it"
-    return None
+    if name in _EXACT or not isinstance(target, torch._ops.OpOverload) or target.is_view:
+        return None
+    return None if torch.Tag.pointwise in target.tags else f"{name} adds in an order of the kernel's own"

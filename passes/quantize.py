@@ -68,16 +68,18 @@ class QuantizeJoint:
                 left[product.node.name] = f"product of {weights[0]}, which Bits.exclude names"
             else:
                 rewriter.rewrite(product)
-                if self.bits.bit_true and not product.backward:
-                    self._note_inexact(joint, product)
+            if self.bits.bit_true and not product.backward:
+                self._note_inexact(joint, product)
         rewriter.finish()
         if not frozen:
             narrow_saved(joint, self.bits.norm_saved, self.bits.bit_true)
 
     def _note_inexact(self, joint: Joint, product: Product) -> None:
-        reason = exceeds(product, self.bits.x, self.bits.w)
+        name = product.node.name
+        left = name in joint.notes["full_precision"]
+        reason = "a product in fp32" if left else exceeds(product, self.bits.x, self.bits.w)
         if reason is not None:
-            joint.notes["order_dependent"][product.node.name] = reason
+            joint.notes["order_dependent"][name] = reason
 
 
 @dataclass(frozen=True)
