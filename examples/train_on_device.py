@@ -24,7 +24,8 @@ def workstation(step: Path, data: Path, trained: Path) -> None:
     torch.manual_seed(0)
     images, labels = load_digits().train.tensors
     np.savez(data, images=images.numpy(), labels=labels.numpy())
-    t = e2pass.transform(e2pass.models.resnet(8), images[:BATCH], config="e2train")
+    # With "bit-true" the device finds the integer codes that PyTorch would find: its steps can be checked.
+    t = e2pass.transform(e2pass.models.resnet(8), images[:BATCH], config="bit-true")
     optimizer = torch.optim.SGD(t.param_groups(lr=0.05), lr=0.05, momentum=0.9)
     export_training(t, images[:BATCH], labels[:BATCH], step, optimizer=optimizer)
     print(f"wrote {step.name}: {step.stat().st_size / 1e6:.1f} MB")

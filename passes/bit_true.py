@@ -133,7 +133,6 @@ def _is_global(pool: fx.Node) -> bool:
 def _become(node: fx.Node, target: Any, args: Any) -> None:
     """Values are propagated anew: the layout, and results that nobody reads, may differ."""
     node.target, node.args = target, args
-    node._rename(target.__name__.partition(".")[0])
     node.meta.update(e2_tag="bits.exact", e2_technique=Technique.BITS)
     values: Any = fx.node.map_arg(args, lambda n: n.meta["val"])
     with values[0].fake_mode:
