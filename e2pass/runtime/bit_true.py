@@ -8,6 +8,7 @@ power of two as its scale, products are exact as well (``Bits(bit_true=True)``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,26 @@ import torch
 from torch import Tensor
 
 from e2pass.runtime.ops import define
+
+Moments = Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+
+
+def moments_in_place(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over ``dims``, which stay, in double precision.
+
+    The double copy is overwritten: fresh memory of its size takes more time than the arithmetic.
+    """
+    wide = x.to(torch.float64, copy=True)
+    mean = wide.mean(list(dims), keepdim=True)
+    return mean, wide.sub_(mean).square_().mean(list(dims), keepdim=True)
+
+
+def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The same without an operation in place, for an export."""
+    wide = x.double()
+    mean = wide.mean(list(dims), keepdim=True)
+    centred = wide - mean
+    return mean, (centred * centred).mean(list(dims), keepdim=True)
 
 
 def batch_norm(
@@ -26,6 +47,7 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    moments: Moments = moments_in_place,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalise the channels of ``x`` (N, C, ...), as ``aten::_native_batch_norm_legit_functional``.
 
@@ -34,7 +56,7 @@ def batch_norm(
     """
     view = [1, -1, *[1] * (x.dim() - 2)]
     if training:
-        mean, var = (moment.reshape(-1) for moment in _moments(x, [0, *range(2, x.dim())]))
+        mean, var = (moment.reshape(-1) for moment in moments(x, [0, *range(2, x.dim())]))
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -57,10 +79,15 @@ def batch_norm(
 
 
 def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    moments: Moments = moments_in_place,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over the last dimensions, as ``aten::native_layer_norm``: result, mean, reciprocal deviation."""
-    mean, var = _moments(x, list(range(x.dim() - len(shape), x.dim())))
+    mean, var = moments(x, list(range(x.dim() - len(shape), x.dim())))
     low_mean, invstd = mean.to(x.dtype), _reciprocal_deviation(var, eps, x.dtype)
     out = (x - low_mean) * invstd
     out = out if weight is None else out * weight
@@ -76,12 +103,13 @@ def group_norm(
     positions: int,
     groups: int,
     eps: float,
+    moments: Moments = moments_in_place,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise groups of channels of each sample, as ``aten::native_group_norm``: result, mean, reciprocal deviation.
 
     ``samples``, ``channels`` and ``positions`` are the sizes of ``x`` (N, C, ...), its last ones multiplied.
     """
-    mean, var = _moments(x.reshape(samples, groups, -1), [2])
+    mean, var = moments(x.reshape(samples, groups, -1), [2])
     low_mean, invstd = mean.to(x.dtype), _reciprocal_deviation(var, eps, x.dtype)
     out = (x.reshape(samples, groups, -1) - low_mean) * invstd
     out = out.reshape(x.shape)
@@ -98,14 +126,6 @@ def mean(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
 def total(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     """The sum over ``dims``, in the dtype of ``x``."""
     return x.double().sum(list(dims), keepdim).to(x.dtype)
-
-
-def _moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance in double precision; the reduced dimensions stay."""
-    wide = x.double()
-    mean = wide.mean(list(dims), keepdim=True)
-    centred = wide - mean
-    return mean, (centred * centred).mean(list(dims), keepdim=True)
 
 
 def _reciprocal_deviation(var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -136,10 +156,10 @@ define("mean(Tensor x, int[] dims, bool keepdim=False) -> Tensor", mean, mean, f
 define("sum(Tensor x, int[] dims, bool keepdim=False) -> Tensor", total, total, fusible=False)
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.e2pass.batch_norm.default: batch_norm,
-    torch.ops.e2pass.layer_norm.default: layer_norm,
-    torch.ops.e2pass.group_norm.default: group_norm,
+    torch.ops.e2pass.batch_norm.default: functools.partial(batch_norm, moments=moments),
+    torch.ops.e2pass.layer_norm.default: functools.partial(layer_norm, moments=moments),
+    torch.ops.e2pass.group_norm.default: functools.partial(group_norm, moments=moments),
     torch.ops.e2pass.mean.default: mean,
     torch.ops.e2pass.sum.default: total,
 }
-"""The operators as single operations of PyTorch, for an export."""
+"""The operators as single operations of PyTorch, none in place, for an export."""
