@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from e2pass.runtime.ops import define
 
@@ -65,7 +66,7 @@ def batch_norm(
     factor = invstd if weight is None else invstd * weight
     offset = low_mean * factor
     offset = -offset if bias is None else bias - offset
-    out = x * factor.view(view) + offset.view(view)
+    out = _laid_out(x * factor.view(view) + offset.view(view), x)
     if running_mean is None or running_var is None:
         return out, low_mean, invstd, low_mean.clone(), var.to(x.dtype)
     if not training:
@@ -91,7 +92,8 @@ def layer_norm(
     low_mean, invstd = mean.to(x.dtype), _reciprocal_deviation(var, eps, x.dtype)
     out = (x - low_mean) * invstd
     out = out if weight is None else out * weight
-    return out if bias is None else out + bias, low_mean, invstd
+    out = out if bias is None else out + bias
+    return out.contiguous(), low_mean, invstd
 
 
 def group_norm(
@@ -115,7 +117,8 @@ def group_norm(
     out = out.reshape(x.shape)
     view = [1, channels, *[1] * (x.dim() - 2)]
     out = out if weight is None else out * weight.view(view)
-    return out if bias is None else out + bias.view(view), low_mean.squeeze(-1), invstd.squeeze(-1)
+    out = out if bias is None else out + bias.view(view)
+    return _laid_out(out, x), low_mean.squeeze(-1), invstd.squeeze(-1)
 
 
 def mean(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
@@ -126,6 +129,11 @@ def mean(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
 def total(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     """The sum over ``dims``, in the dtype of ``x``."""
     return x.double().sum(list(dims), keepdim).to(x.dtype)
+
+
+def _laid_out(out: Tensor, x: Tensor) -> Tensor:
+    """In the layout that ATen's own norm returns: what backward was traced with, and its kernels read memory so."""
+    return out.contiguous(memory_format=suggest_memory_format(x))
 
 
 def _reciprocal_deviation(var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

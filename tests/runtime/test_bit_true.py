@@ -126,6 +126,42 @@ def test_every_kernel_finds_the_same_bits(make: type[nn.Module], training: bool)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+class Permuted(nn.Module):
+    """Norms of images whose channels come last, of rows that lie across memory, and of channels that do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.channels, self.groups = nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.groups(x).flatten(2).transpose(1, 2)  # (N, HW, C), and C lies closest in memory or farthest
+        y = self.rows(y.transpose(1, 2).contiguous().transpose(1, 2)).sigmoid()
+        normed: Tensor = self.channels(y.transpose(1, 2)).tanh().reshape(x.shape)
+        return normed
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_gradients_are_the_models(last: bool) -> None:
+    """Kernels of backward read memory in the layout that the norm of forward is known to return."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), Permuted(),
+        Residual(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)),
+        nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    original = copy.deepcopy(model)
+    x = torch.randn(16, 3, 6, 6).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    bits = e2pass.Bits(x=13, w=13, grad=16, bit_true=True)
+    t = e2pass.transform(model, x, config=e2pass.Config(smd=None, slu=e2pass.SLU(gate="open"), psg=None, bits=bits))
+    for m in (t.model, original):
+        (m(x) * torch.linspace(-1, 1, 64).view(16, 4)).sum().backward()
+    for name, parameter in original.named_parameters():
+        found, wanted = t.model.get_parameter(name).grad, parameter.grad
+        assert found is not None
+        assert wanted is not None
+        assert (found - wanted).norm() <= 0.02 * wanted.norm() + 1e-3, name
+
+
 def test_what_depends_on_the_kernel_is_named() -> None:
     class Attention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
