@@ -75,6 +75,7 @@ def export_inference(
     """
     module = checkpoint_into(transformed_module(t_or_module), checkpoint)
     path = target_path(path)
+    _refuse_wide_scales(module)
     form = InferenceForm(module, masked)
     capture = module._executable.capture
     dynamic = dynamic_batch and capture.symbolic_batch
@@ -95,6 +96,15 @@ def export_inference(
         check_size(model)
         write_model(model, path)
     return path
+
+
+def _refuse_wide_scales(module: E2Module) -> None:
+    """ONNX's quantization operators take scales in float32 only."""
+    wide = next((name for name, p in module.named_parameters() if p.dtype == torch.float64), None)
+    if module.e2_scales is not None and wide is not None:
+        raise ExportError(
+            f"{wide} is in double precision, for which ONNX has no codes; convert the model to float first"
+        )
 
 
 def _dynamic_dims(placeholder: fx.Node, dynamic: bool) -> dict[int, Any] | None:

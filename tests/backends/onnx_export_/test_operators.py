@@ -123,4 +123,7 @@ def test_a_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         export_inference(t, x, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="convert the model to float or half first"):
         export_training(t, x, torch.zeros(4, dtype=torch.int64), tmp_path / "step.onnx")
+    t = e2pass.transform(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 4)).double(), x.double(), config="8bit")
+    with pytest.raises(ExportError, match=r"0\.weight is in double precision, for which ONNX has no codes; convert"):
+        export_inference(t, x.double(), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
