@@ -1,6 +1,6 @@
 """How long the training graph of ResNet-110 takes: to build, to write, and to open and walk through in a browser.
 
-    python -m benchmarks.graph_page [--depth 110] [--batch 32] [--out graph_page.html]
+    python -m benchmarks.graph_page [--depth 110] [--batch 32] [--out out/graph_page.html]
 
 Needs Chromium and chromedriver. A page that is there already is only opened again.
 """
@@ -32,8 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("graph_page.html"))
+    parser.add_argument("--out", type=Path, default=Path("out/graph_page.html"))
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.out.exists():
         write(arguments.depth, arguments.batch, arguments.out)
     print(f"page: {arguments.out.stat().st_size / 1e6:.2f} MB")

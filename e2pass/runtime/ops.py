@@ -88,9 +88,9 @@ def next_power_of_two(scale: Tensor) -> Tensor:
     Args:
         scale: Positive, of any shape; beyond 2^127 the result is infinite.
     """
-    mantissa, exponent = torch.frexp(scale.clamp_min(torch.finfo(scale.dtype).tiny))
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # frexp's mantissa is from 0.5 to 1
-    return torch.ldexp(torch.ones_like(scale), exponent) + (scale - scale)
+    normal = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    mantissa = torch.frexp(normal).mantissa  # from 0.5 to 1, so the quotient is a power of two, and exact
+    return torch.where(mantissa == 0.5, normal, normal / mantissa)
 
 
 def _scale(x: Tensor, bits: int, axis: int | None, power_of_two: bool) -> Tensor:

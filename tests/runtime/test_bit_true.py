@@ -28,6 +28,15 @@ def test_scales_become_the_next_power_of_two(scale: float) -> None:
     assert found / 2 < scale or found == 2.0**-126
 
 
+def test_vectors_of_scales_become_powers_of_two() -> None:
+    """Vectorised kernels may compute other functions than those of single numbers."""
+    powers = torch.tensor([2.0**e for e in range(-126, 128)])
+    assert torch.equal(ops.next_power_of_two(powers), powers)
+    above = torch.nextafter(powers[:-1], torch.tensor(torch.inf))
+    assert torch.equal(ops.next_power_of_two(above), powers[1:])
+    assert torch.equal(ops.next_power_of_two(torch.nextafter(powers[1:], torch.tensor(0.0))), powers[1:])
+
+
 def test_spoilt_scales_stay_spoilt() -> None:
     assert ops.next_power_of_two(torch.tensor([float("nan"), float("inf")])).isnan().all()
     codes, scale = ops.quantize(torch.tensor([1.0, float("inf")]), 8, power_of_two=True)

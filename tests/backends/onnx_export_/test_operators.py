@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import e2pass
-from e2pass.backends.onnx_export import check_inference, export_inference, export_training, training_state
+from e2pass.backends.onnx_export import check_inference, export_inference, export_training, functions, training_state
 from e2pass.errors import ExportError
+from e2pass.runtime import ops
 from tests.zoo import Residual
 
 
@@ -114,6 +116,19 @@ def test_a_lowered_region_is_given_the_layout_that_it_was_traced_with() -> None:
     with t.set_gates("open"):
         t.model(x).sum().backward()
     assert all(p.grad is not None for n, p in t.model.named_parameters() if not n.startswith("e2_slu"))
+
+
+def test_next_powers_of_two_are_pytorchs() -> None:
+    powers = np.exp2(np.arange(-126, 128)).astype(np.float32)
+    neighbours = [np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(np.inf))]
+    scales = np.concatenate([powers, *neighbours, [np.nan]], dtype=np.float32)
+    function = onnx.FunctionProto.FromString(functions._library()["NextPowerOfTwo"].SerializeToString())
+    graph = onnx.parser.parse_graph("g (float[N] scale) => (float[N] power) { power = e2pass.NextPowerOfTwo(scale) }")
+    opsets = [onnx.helper.make_opsetid("", functions.OPSET), onnx.helper.make_opsetid(functions.DOMAIN, 1)]
+    model = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"scale": scales})
+    np.testing.assert_array_equal(found, ops.next_power_of_two(torch.from_numpy(scales)).numpy())
 
 
 def test_a_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
