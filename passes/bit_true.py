@@ -174,6 +174,11 @@ def _order_dependent(node: fx.Node) -> str | None:
     scaled = name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) != 1
     if name in _LIBRARY or scaled:
         return f"{name} is rounded as the library at hand rounds it"
-    if name in _EXACT or not isinstance(target, torch._ops.OpOverload) or target.is_view:
+    if name in _EXACT or (isinstance(target, torch._ops.OpOverload) and _changes_nothing(target)):
         return None
-    return None if torch.Tag.pointwise in target.tags else f"{name} adds in an order of the kernel's own"
+    return f"{name} adds in an order of the kernel's own"
+
+
+def _changes_nothing(target: torch._ops.OpOverload) -> bool:
+    """Of the order of sums: views, and what is computed element by element."""
+    return target.is_view or torch.Tag.pointwise in target.tags

@@ -26,6 +26,8 @@ from e2pass.passes.joint_rewrite import after, e2, replay, tagged, unpack
 from e2pass.passes.saved_width import narrow_saved
 from e2pass.program import Program
 
+_DEPENDENT = "codes behind it may differ between kernels"
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -106,12 +108,15 @@ class Quantize(Pass):
         rewrite = QuantizeJoint(bits, matching(program.model, self.exclude, "Bits.exclude"))
         program.rewrites.append(rewrite)
         diagnostics = Diagnostics()
+        for region in program.plans["train"].regions if self.bit_true else ():
+            if region.name not in program.lowered:
+                diagnostics.info("E2P401", region.name, f"it runs as plain PyTorch: {_DEPENDENT}")
         for name, (_, joint) in program.lowered.items():
             rewrite(joint, False)
             for product, reason in joint.notes["full_precision"].items():
                 diagnostics.info("E2P400", f"{name}/{product}", f"{reason}: stays in fp32")
             for node, reason in joint.notes.get("order_dependent", {}).items():
-                diagnostics.info("E2P401", f"{name}/{node}", f"{reason}: codes behind it may differ between kernels")
+                diagnostics.info("E2P401", f"{name}/{node}", f"{reason}: {_DEPENDENT}")
         return PassResult(program, bool(program.lowered), diagnostics)
 
 

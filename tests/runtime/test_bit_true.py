@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import e2pass
-from e2pass.errors import ConfigError
+from e2pass.errors import ConfigError, LoweringError
 from e2pass.runtime import bit_true, ops
 from tests.zoo import Residual
 
@@ -195,6 +195,16 @@ def test_what_depends_on_the_kernel_is_named() -> None:
     ):
         assert reason in said
     assert len(said.splitlines()) == 5, "the two products of attention, and nothing of the other layers"
+
+
+def test_a_region_that_is_not_lowered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LoweringError("lowering failed: for a test")
+
+    monkeypatch.setattr("e2pass.passes.lower.lower", fail)
+    t = e2pass.transform(nn.Linear(8, 4), torch.randn(2, 8), config="bit-true")
+    (named,) = t.diagnostics.with_code("E2P401")
+    assert "runs as plain PyTorch" in named.message
 
 
 def test_what_cannot_be_bit_true_is_refused() -> None:
