@@ -121,6 +121,10 @@ class Bits(_Section):
                 f"Bits(bit_true=True) needs x + w of at most 26 bits, not {self.x} + {self.w}: products of wider codes "
                 "are not exact in float32"
             )
+        if self.bit_true and self.rounding == "stochastic":
+            raise ValueError(
+                "Bits(bit_true=True) needs rounding='nearest': random numbers depend on memory format and runtime"
+            )
         return self
 
 

@@ -174,18 +174,16 @@ class _Rewriter:
     def _quantizer(self, operand: Operand, product: Product) -> tuple[Any, tuple[Any, ...]]:
         """The operator for an operand, and its arguments after the tensor and the width."""
         if self.frozen and operand.role is Role.X:
-            return e2.quantize_running.default, (self._running_scale(product), *self._power_of_two())
+            exact = (True,) if self.bits.bit_true else ()
+            return e2.quantize_running.default, (self._running_scale(product), *exact)
         per_channel = operand.role is Role.W and self.bits.w_scale == "channel"
         axis = output_axis(product, operand) if per_channel else None
         if self.bits.rounding == "stochastic" and not self.frozen:
             stream = zlib.crc32(f"{self.bits.seed} {self._scale_name(product)} {operand.role}".encode())
-            return e2.quantize_stochastic.default, (axis, self._step(), stream, *self._power_of_two())
+            return e2.quantize_stochastic.default, (axis, self._step(), stream)
         if self.bits.bit_true:
             return e2.quantize.default, (axis, True)
         return e2.quantize.default, () if axis is None else (axis,)
-
-    def _power_of_two(self) -> tuple[bool, ...]:
-        return (True,) if self.bits.bit_true else ()
 
     def _scale_name(self, product: Product) -> str:
         """Name of the quantizer, alike in training and evaluation: the weight it meets first, and which use of it."""

@@ -27,12 +27,10 @@ def quantize(x: Any, bits: int, axis: int | None = None, power_of_two: bool = Fa
     return _call("Encode", x, scale, limit=_limit(bits), to=_code_type(bits)), scale
 
 
-def quantize_stochastic(
-    x: Any, bits: int, axis: int | None, step: Any, stream: int, power_of_two: bool = False
-) -> tuple[Any, Any]:
+def quantize_stochastic(x: Any, bits: int, axis: int | None, step: Any, stream: int) -> tuple[Any, Any]:
     """Translate ``e2pass::quantize_stochastic``; the random numbers are the runtime's, not PyTorch's."""
     del step, stream
-    scale = _rounded_up(_own_scale(x, bits, axis), power_of_two)
+    scale = _own_scale(x, bits, axis)
     return _call("EncodeRandomly", x, scale, limit=_limit(bits), to=_code_type(bits)), scale
 
 

@@ -48,9 +48,7 @@ def quantize(x: Tensor, bits: int, axis: int | None = None, power_of_two: bool =
     return _encode(x / scale, bits, saturate=False), scale
 
 
-def quantize_stochastic(
-    x: Tensor, bits: int, axis: int | None, step: Tensor, stream: int, power_of_two: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_stochastic(x: Tensor, bits: int, axis: int | None, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """Quantize as ``quantize``, but round up with the probability of the fraction, so that the mean is exact.
 
     Args:
@@ -59,12 +57,11 @@ def quantize_stochastic(
         axis: As for ``quantize``.
         step: 0-d int64, number of the training step.
         stream: Number of the quantizer; with ``step`` it seeds a generator that no other random numbers come from.
-        power_of_two: As for ``quantize``.
 
     Returns:
         As ``quantize``.
     """
-    scale = _scale(x, bits, axis, power_of_two)
+    scale = _scale(x, bits, axis)
     noise = torch.ops.e2pass.uniform(x, step, stream)
     return _encode((noise + x / scale).floor_(), bits, saturate=True), scale
 
@@ -77,7 +74,7 @@ def uniform(x: Tensor, step: Tensor, stream: int) -> Tensor:
 
 def quantize_running(x: Tensor, bits: int, running: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` with the frozen 0-d scale ``running``, saturating; with its own scale while ``running`` is 0."""
-    scale = torch.where(running == _UNSEEN, _scale(x, bits, None, False), running.to(x.dtype))
+    scale = torch.where(running == _UNSEEN, _scale(x, bits, None), running.to(x.dtype))
     scale = next_power_of_two(scale) if power_of_two else scale
     return _encode(x / scale, bits, saturate=True), scale
 
@@ -93,7 +90,7 @@ def next_power_of_two(scale: Tensor) -> Tensor:
     return torch.where(mantissa == 0.5, normal, normal / mantissa)
 
 
-def _scale(x: Tensor, bits: int, axis: int | None, power_of_two: bool) -> Tensor:
+def _scale(x: Tensor, bits: int, axis: int | None, power_of_two: bool = False) -> Tensor:
     shape = [] if axis is None else [x.shape[d] if d == axis % x.dim() else 1 for d in range(x.dim())]
     if x.numel() == 0:
         return x.new_ones(shape)
@@ -248,10 +245,9 @@ define(
     "quantize(Tensor x, int bits, int? axis=None, bool power_of_two=False) -> (Tensor, Tensor)", quantize, _empty_codes
 )
 define(
-    "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream, bool power_of_two=False) "
-    "-> (Tensor, Tensor)",
+    "quantize_stochastic(Tensor x, int bits, int? axis, Tensor step, int stream) -> (Tensor, Tensor)",
     quantize_stochastic,
-    lambda x, bits, axis, step, stream, power_of_two=False: _empty_codes(x, bits, axis),
+    lambda x, bits, axis, step, stream: _empty_codes(x, bits, axis),
 )
 define(
     "quantize_running(Tensor x, int bits, Tensor running, bool power_of_two=False) -> (Tensor, Tensor)",

@@ -210,6 +210,8 @@ def test_a_region_that_is_not_lowered_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_what_cannot_be_bit_true_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"needs x \+ w of at most 26 bits, not 16 \+ 16"):
         e2pass.Bits(x=16, w=16, bit_true=True)
+    with pytest.raises(ConfigError, match="needs rounding='nearest'"):
+        e2pass.Bits(rounding="stochastic", bit_true=True)
     with pytest.raises(ConfigError, match="compile=True may contract products and sums"):
         e2pass.Config(bits=e2pass.Bits(bit_true=True), compile=True)
     with pytest.raises(ConfigError, match="compile=True may contract products and sums"):

@@ -38,7 +38,7 @@ def quantize_stochastic(site: OpSite) -> Work:
     return stream(
         site,
         "quantize: max|x|, then encode with random rounding",
-        PEAK.plus(_encode(site)).plus(Alu(3, 0)),
+        PEAK.plus(ENCODE).plus(Alu(3, 0)),
         elements=x.numel,
         reads=(x,),
         rereads=(Reread(x.bytes, x.bytes),),
@@ -85,4 +85,4 @@ def sign(site: OpSite) -> Work:
 
 def _encode(site: OpSite) -> Alu:
     """``power_of_two`` is the only bool of these schemas."""
-    return ENCODE_BY_SHIFT if True in [a for a in site.args if isinstance(a, bool)] else ENCODE
+    return ENCODE_BY_SHIFT if any(argument is True for argument in site.args) else ENCODE
